@@ -1,0 +1,398 @@
+"""The addon: when things happen. What happens is in the modules below it.
+
+A request's way: `requestheaders` (who) -> `request` (what, where) -> `responseheaders` (choose the meter) -> the relay ->
+`answer_ends` (settle, before the client has the end) or `error` (settle what was cut) -> the row.
+
+mitmproxy lets a request pass when a hook fails. Here it can't: the mode points at nowhere, only `_dispatch` gives a request
+a destination, and every hook stands behind a gate that refuses. Without a configured service everything is refused.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Concatenate
+
+from mitmproxy import connection, ctx, exceptions, http
+from mitmproxy.addonmanager import Loader
+from mitmproxy.proxy import mode_specs, server_hooks
+from mitmproxy.proxy.layer import NextLayer
+
+from gateway import config, headers, layers, startup
+from gateway.auth import KEY_HEADERS
+from gateway.connections import Connections
+from gateway.exchange import Exchange, utc_now, uuid7
+from gateway.relay import BodyMeter, Meter, Relay, StreamMeter, ends_with_mark
+from gateway.replies import Refusal, Reply
+from gateway.service import Service
+from gateway.tally import Tally
+from gateway.usage import format_of
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
+SWEEP_S = 1.0
+# The same server is tried again only over a fresh connection; each other server of the model once.
+MAX_ATTEMPTS = 4
+
+
+def _gate[**P](hook: Callable[Concatenate["Gateway", http.HTTPFlow, P], None]) -> Callable[..., None]:
+    """A bug on the way to a decision refuses the request: it has no destination until `_dispatch` has given it one."""
+
+    @functools.wraps(hook)
+    def gated(self: "Gateway", flow: http.HTTPFlow, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            hook(self, flow, *args, **kwargs)
+        except Refusal as refusal:
+            self._refuse(flow, refusal)
+        except Exception:
+            log.exception("a fault in %s: the request is refused", hook.__name__)
+            self._refuse(flow, Refusal(500, "internal_error", "The gateway failed. The request was not sent."))
+
+    return gated
+
+
+class Gateway:
+    """The one addon. Its service is built in `configure` and closed in `done`."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+        self.connections = Connections()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._live: dict[str, http.HTTPFlow] = {}  # flows with an exchange that is not settled
+        self._draining = False
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def load(self, loader: Loader) -> None:
+        loader.add_option("llmproxy_config", str, str(DEFAULT_CONFIG), "llmproxy: path of the config file.")
+        startup.prepare()
+
+    def configure(self, updated: set[str]) -> None:
+        if "llmproxy_config" in updated or self.service is None:
+            try:
+                self.service = Service(config.load(ctx.options.llmproxy_config))
+            except (config.ConfigError, OSError) as error:
+                raise exceptions.OptionsError(str(error)) from error
+            startup.set_options(self.service.config)
+
+    def running(self) -> None:
+        if self.service is None:
+            return
+        startup.trim_addons()
+        startup.listen(self.service.config)
+        self.service.discovery.start()
+        self.connections.start()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+
+    def done(self) -> Any:
+        """Not `async def`: mitmproxy calls it synchronously when the script is reloaded. At the end it awaits what is returned."""
+        if ctx.master.should_exit.is_set() and self.service:
+            return self._drain(self.service)
+        self._close()
+        return None
+
+    def _close(self) -> None:
+        if self._sweeper:
+            self._sweeper.cancel()
+        self.connections.stop()
+        if self.service:
+            service, self.service = self.service, None
+            service.close()
+
+    async def _drain(self, service: Service) -> None:
+        """No new requests; running ones end, or are cut at `drain_s`, with their rows settled."""
+        self._draining = True
+        stop_now = startup.second_signal()
+        startup.stop_listening()
+        deadline = time.monotonic() + service.config.drain_s
+        while self._live and time.monotonic() < deadline and not stop_now.is_set():
+            await asyncio.sleep(0.05)
+        for flow in list(self._live.values()):
+            exchange = layers.exchange_of(flow)
+            if exchange:
+                exchange.error_code = exchange.error_code or "shutdown"
+                await self._settle(flow, exchange, "interrupted")
+            if flow.killable:
+                flow.kill()
+        await asyncio.sleep(0.1)  # last bytes leave the sockets' buffers
+        await asyncio.to_thread(self._close)
+
+    async def _sweep(self) -> None:
+        """Requests whose server has not said a byte in time: their connection is closed, `upstream_failed` follows."""
+        while self.service:
+            await asyncio.sleep(SWEEP_S)
+            limit = self.service.config.first_byte_timeout_s
+            for flow in list(self._live.values()):
+                exchange = layers.exchange_of(flow)
+                if exchange and exchange.sent and flow.response is None and time.monotonic() - exchange.sent > limit:
+                    exchange.timed_out = True
+                    self.connections.close_server(flow)
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+
+    def next_layer(self, next_layer: NextLayer) -> None:
+        layers.install(next_layer)
+
+    def client_connected(self, client: connection.Client) -> None:
+        if not isinstance(client.proxy_mode, mode_specs.ReverseMode):
+            client.error = "llmproxy serves as a reverse proxy only"
+            return
+        self.connections.connected(client)
+
+    def client_disconnected(self, client: connection.Client) -> None:
+        self.connections.disconnected(client)
+
+    def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        if not self.service or not self.service.is_server(data.server.address):
+            data.server.error = "no server of this gateway"
+
+    def server_disconnected(self, data: server_hooks.ServerConnectionHookData) -> None:
+        self.connections.server_disconnected(data)
+
+    # -- the request ---------------------------------------------------------------------------------------------------
+
+    @_gate
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """Who is asking? From here on there is an exchange, or a refusal."""
+        if flow.error:
+            return  # mitmproxy refuses it already
+        self.connections.request_begins(flow)
+        request = flow.request
+        request.authority = ""  # a proxy's absolute target is no host of ours
+        path, _, query = request.path.partition("?")
+        service = self._ready_service()
+        if not path.startswith("/"):
+            raise Refusal(400, "invalid_request", "The request's target must be a path.")
+        if request.http_version not in ("HTTP/1.0", "HTTP/1.1", "HTTP/2.0", "HTTP/3"):
+            raise Refusal(400, "invalid_request", "This version of HTTP is not spoken here.")
+        if public := service.answer_public(request.method, path, draining=self._draining):
+            self._reply(flow, public)
+            return
+        if self._draining:
+            raise Refusal(503, "shutting_down", "The gateway is shutting down.", headers={"retry-after": "5"})
+        key_headers = {name: request.headers.get_all(name) for name in KEY_HEADERS}
+        caller = service.authenticator.authenticate(key_headers)
+        exchange = Exchange(
+            id=uuid7(),
+            caller=caller,
+            endpoint=path,
+            path=request.path,
+            started_at=utc_now(),
+            started=time.monotonic(),
+            worker=service.ledger.worker,
+            max_body_bytes=service.max_body_bytes,
+            client_request_id=request.headers.get("x-request-id"),
+            close_client="close" in request.headers.get("connection", "").lower(),
+            http10=request.http_version == "HTTP/1.0",
+        )
+        layers.open_exchange(flow, exchange)
+        self._live[flow.id] = flow
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > exchange.max_body_bytes:
+            raise service.too_large()
+
+    async def request(self, flow: http.HTTPFlow) -> None:
+        """What is wanted, and where does it go?"""
+        if self.service and not flow.response:
+            await self.service.discovery.asked_once()
+        self._route(flow)
+
+    @_gate
+    def _route(self, flow: http.HTTPFlow) -> None:
+        exchange = layers.exchange_of(flow)
+        self.connections.request_ends(flow)
+        if flow.response:
+            return
+        if exchange is None:
+            raise Refusal(500, "internal_error", "The gateway failed. The request was not sent.")
+        service = self._ready_service()
+        exchange.fields = flow.request.headers.fields
+        exchange.body = flow.request.raw_content or b""
+        exchange.request_bytes = len(exchange.body)
+        if exchange.request_bytes > exchange.max_body_bytes:
+            raise service.too_large()
+        content_type = flow.request.headers.get("content-type", "")
+        exchange.asked = service.read(exchange.endpoint, exchange.body, content_type)
+        if local := service.answer(flow.request.method, exchange):
+            self._reply(flow, local)
+            return
+        service.choose(exchange)
+        service.ledger.open(exchange.row("open"))
+        self._dispatch(flow, exchange)
+
+    def _dispatch(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
+        """Give the request its destination: the only place that does."""
+        server = exchange.server
+        assert server
+        request = flow.request
+        body = exchange.body_for(server, request.headers.get("content-type", ""))
+        has_body = bool(body) or "content-length" in request.headers
+        request.headers.fields = tuple(
+            headers.to_server(exchange.fields, len(body) if has_body else None, server.authority, server.config.api_key)
+        )
+        if exchange.client_request_id is None:
+            request.headers["x-request-id"] = exchange.id
+        request.raw_content = body
+        request.http_version = "HTTP/1.1" if exchange.http10 else request.http_version
+        request.path = server.path_prefix + exchange.path
+        request.data.scheme, request.data.host, request.data.port = server.scheme.encode(), server.host, server.port
+        exchange.attempts += 1
+        exchange.sent = time.monotonic()
+        exchange.failure = None
+
+    @_gate
+    def upstream_failed(self, flow: http.HTTPFlow) -> None:
+        """No byte of an answer came: once more, on the same server or another one, or a refusal."""
+        exchange, service = layers.exchange_of(flow), self._ready_service()
+        assert exchange and exchange.server
+        server = exchange.server
+        log.info("server %s: %s (attempt %d)", server.name, exchange.failure, exchange.attempts)
+        exchange.outcome = "unreachable"
+        if exchange.timed_out:
+            raise Refusal(
+                504, "upstream_timeout", f"The server sent nothing within {service.config.first_byte_timeout_s:g} seconds."
+            )
+        if exchange.connection_refused:
+            server.up = False
+        gave_nothing = Refusal(502, "upstream_unreachable", f"The server can't be reached: {exchange.failure}.")
+        if not exchange.may_send_again or exchange.attempts >= MAX_ATTEMPTS:
+            raise gave_nothing
+        # A connection that was used before may just have been closed as idle: its server is fine.
+        if not exchange.connection_was_used or exchange.connection_refused:
+            exchange.tried.append(server)
+        try:
+            service.pick_again(exchange)
+        except Refusal:
+            raise gave_nothing from None
+        exchange.outcome = None
+        self._dispatch(flow, exchange)
+
+    # -- the answer ----------------------------------------------------------------------------------------------------
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        exchange, response = layers.exchange_of(flow), flow.response
+        assert response
+        try:
+            self._begin_answer(flow, exchange, response)
+        except Exception:
+            log.exception("a fault at an answer's head: it goes on unmetered")
+            if exchange and exchange.sent and exchange.outcome is None:
+                response.stream = exchange.relay = Relay(None, Tally(), time.monotonic)
+
+    def _begin_answer(self, flow: http.HTTPFlow, exchange: Exchange | None, response: http.Response) -> None:
+        if exchange is None or exchange.outcome or not exchange.sent:  # an answer of our own
+            return
+        exchange.status = response.status_code
+        response.headers.fields = tuple(headers.to_client(response.headers.fields))
+        response.headers["x-request-id"] = exchange.id
+        if exchange.close_client or self._draining:
+            response.headers["connection"] = "close"
+        content_length = response.headers.get("content-length", "")
+        response.stream = exchange.relay = self._relay(
+            exchange, response.headers, int(content_length) if content_length.isdigit() else None
+        )
+        if exchange.http10:
+            response.headers.pop("transfer-encoding", None)
+            response.headers["connection"] = "close"
+
+    def _relay(self, exchange: Exchange, fields: http.Headers, content_length: int | None) -> Relay:
+        read = format_of(exchange.endpoint)
+        tally = Tally(exchange.asked.prompts, exchange.asked.answers)
+        is_stream = "event-stream" in fields.get("content-type", "")
+        meter: Meter | None
+        if fields.get("content-encoding", "identity").lower() != "identity":
+            log.warning("an answer of %s is compressed though we asked for none: it goes on unmetered", exchange.endpoint)
+            meter = None
+        elif is_stream:
+            meter = StreamMeter(read, tally, strip=exchange.usage_asked)
+            if exchange.usage_asked and content_length is not None:
+                fields.pop("content-length")
+                fields["transfer-encoding"] = "chunked"
+                content_length = None
+        else:
+            meter = BodyMeter(read, tally)
+        return Relay(
+            meter,
+            tally,
+            time.monotonic,
+            content_length=content_length,
+            is_stream=is_stream,
+            has_mark=is_stream and ends_with_mark(read),
+        )
+
+    async def answer_ends(self, flow: http.HTTPFlow) -> None:
+        """The server's answer is complete, the client has not seen its end."""
+        exchange = layers.exchange_of(flow)
+        if exchange:
+            await self._settle(flow, exchange, exchange.final_outcome())
+
+    async def response(self, flow: http.HTTPFlow) -> None:
+        """Everything that has an answer comes by here, refusals and answers without a body too."""
+        self.connections.flow_ends(flow)
+        exchange = layers.exchange_of(flow)
+        if exchange is None or exchange.settled:
+            return
+        assert flow.response
+        if exchange.relay is None:
+            exchange.status = flow.response.status_code
+        try:
+            await self._settle(flow, exchange, exchange.final_outcome())
+        except Exception:
+            log.exception("a request can't be settled: it is cut")
+            if flow.killable:
+                flow.kill()
+
+    async def error(self, flow: http.HTTPFlow) -> None:
+        """The client left, the server broke off, or we cut it: `response` will not come."""
+        self.connections.flow_ends(flow)
+        exchange = layers.exchange_of(flow)
+        if exchange is None or exchange.settled:
+            return
+        if exchange.relay:
+            exchange.relay.close()
+        await self._settle(flow, exchange, exchange.cut_outcome())
+
+    # -- ends ----------------------------------------------------------------------------------------------------------
+
+    async def _settle(self, flow: http.HTTPFlow, exchange: Exchange, outcome: str) -> None:
+        """Once, wherever it ends: give back what was claimed, write the row, wait until it is on disk."""
+        if exchange.settled:
+            return
+        self._live.pop(flow.id, None)
+        exchange.release()
+        service = self._ready_service()
+        committed = service.ledger.settle(exchange.row(outcome, time.monotonic()))
+        exchange.settled = True
+        service.count(outcome)
+        await committed
+
+    def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
+        exchange = layers.exchange_of(flow)
+        if exchange:
+            exchange.outcome = exchange.outcome or "refused"
+            exchange.error_code = refusal.code
+        layers.set_response(flow, refusal)
+        self._label(flow, exchange)
+
+    def _reply(self, flow: http.HTTPFlow, reply: Reply) -> None:
+        exchange = layers.exchange_of(flow)
+        if exchange:
+            exchange.outcome = "ok"
+        body = b"" if flow.request.method == "HEAD" else reply.body
+        flow.response = http.Response.make(reply.status, body, reply.headers)
+        self._label(flow, exchange)
+
+    def _label(self, flow: http.HTTPFlow, exchange: Exchange | None) -> None:
+        assert flow.response
+        if exchange:
+            flow.response.headers["x-request-id"] = exchange.id
+        if self._draining or (exchange and exchange.close_client):
+            flow.response.headers["connection"] = "close"
+
+    def _ready_service(self) -> Service:
+        if self.service is None:
+            raise Refusal(503, "not_ready", "The gateway is not configured.")
+        return self.service

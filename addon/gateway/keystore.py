@@ -1,0 +1,212 @@
+"""keys.db: who may come in. Keys are stored as SHA-256 only; a key is 256 random bits, so a slow hash would buy nothing.
+
+The file is created with mode 0600 and is never published. A running proxy reads it through `KeyReader`, which asks SQLite
+before each request whether anybody changed the file (`PRAGMA data_version`: microseconds), so that a change acts at once.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import sqlite3
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlite_utils import Database
+from sqlite_utils.db import NotFoundError
+from sqlite_utils.migrations import Migrations
+
+from gateway.files import one_at_a_time
+from gateway.patterns import Pattern
+
+migrations = Migrations("llmproxy-keys")
+
+
+class KeyProblem(Exception):
+    """A key can't be made or changed; `str` says why, to a person."""
+
+
+class Key(msgspec.Struct, frozen=True):
+    """A key as it is kept: times are UTC ISO 8601, `models` are patterns (empty: all)."""
+
+    id: int
+    name: str
+    hint: str
+    created_at: str
+    disabled: bool
+    expires_at: str | None
+    models: tuple[str, ...]
+
+    def state(self, now: str) -> str:
+        if self.disabled:
+            return "disabled"
+        return "expired" if self.expires_at is not None and self.expires_at <= now else "active"
+
+
+@migrations()
+def m001_keys(db: Database) -> None:
+    # "autoincrement" keeps the ids of deleted keys from being given again: rows of `requests` go on naming them.
+    db.execute(
+        "create table keys (id integer primary key autoincrement, name text not null unique, hash text not null unique, "
+        "hint text not null, created_at text not null, disabled integer not null default 0, expires_at text, "
+        "models text not null default '[]')"
+    )
+
+
+def hash_key(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def parse_expiry(text: str, now: datetime) -> str:
+    """"90d", "12h", "2027-01-31" (valid through that day, UTC) or an ISO 8601 time -> UTC ISO 8601. Raises ValueError."""
+    relative = re.fullmatch(r"(\d{1,6})([dhm])", text)
+    if relative:
+        unit = {"d": "days", "h": "hours", "m": "minutes"}[relative[2]]
+        return iso(now + timedelta(**{unit: int(relative[1])}))
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"expected a date (2027-01-31), a time (2027-01-31T18:00Z) or 90d, 12h, 30m; got {text!r}") from None
+    if "T" not in text and ":" not in text:
+        moment += timedelta(days=1)
+    return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+class KeyStore:
+    """Makes and changes keys. Every method is one transaction."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = _open(path)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def create(self, name: str, *, models: tuple[str, ...] = (), expires_at: str | None = None) -> tuple[Key, str]:
+        """Returns the record and the key itself, which is nowhere kept. Raises KeyProblem."""
+        if not name.strip() or len(name) > 200 or not name.isprintable():
+            raise KeyProblem(f"{name!r} is no name for a key: expected 1 to 200 printable characters")
+        for model in models:
+            try:
+                Pattern(model)
+            except ValueError as error:
+                raise KeyProblem(f"--model: {error}") from None
+        key = _new_key()
+        row = {
+            "name": name,
+            **_secret_columns(key),
+            "created_at": iso(datetime.now(UTC)),
+            "expires_at": expires_at,
+            "models": msgspec.json.encode(models).decode(),
+        }
+        try:
+            with self._db.atomic():
+                self._db.table("keys").insert(row)
+        except sqlite3.IntegrityError:
+            raise KeyProblem(f"there is a key named {name!r} already; revoke it, rotate it or choose another name") from None
+        return self.get(name), key
+
+    def list(self) -> list[Key]:
+        return [_record(row) for row in self._db.query("select * from keys order by id")]
+
+    def get(self, name: str) -> Key:
+        try:
+            return _record(next(self._db.query("select * from keys where name = ?", [name])))
+        except StopIteration:
+            raise KeyProblem(f"there is no key named {name!r}") from None
+
+    def rotate(self, name: str) -> tuple[Key, str]:
+        """A new key for the same name and rules; the old one ends at once."""
+        key = _new_key()
+        self._update(name, _secret_columns(key))
+        return self.get(name), key
+
+    def set_disabled(self, name: str, disabled: bool) -> Key:
+        self._update(name, {"disabled": int(disabled)})
+        return self.get(name)
+
+    def revoke(self, name: str) -> Key:
+        """Delete the key. Rows of `requests` keep its id and name."""
+        key = self.get(name)
+        with self._db.atomic():
+            self._db.table("keys").delete(key.id)
+        return key
+
+    def _update(self, name: str, values: dict[str, Any]) -> None:
+        key = self.get(name)
+        with self._db.atomic():
+            try:
+                self._db.table("keys").update(key.id, values)
+            except NotFoundError:
+                raise KeyProblem(f"there is no key named {name!r}") from None
+
+
+class KeyReader:
+    """The proxy's view of keys.db: hash -> key, read again whenever the file has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._db = _open(path)
+        self._seen: tuple[int, int, int] | None = None
+        self._keys: dict[str, Key] = {}
+
+    def close(self) -> None:
+        self._db.close()
+
+    def find(self, key: str) -> Key | None:
+        """The record of a key. Raises OSError or sqlite3.Error when the file can't be read: then nobody may come in."""
+        self._refresh()
+        return self._keys.get(hash_key(key))
+
+    def _refresh(self) -> None:
+        stat = os.stat(self._path)
+        (version,) = self._db.conn.execute("pragma data_version").fetchone()
+        if self._seen == (stat.st_dev, stat.st_ino, version):
+            return
+        if self._seen and self._seen[:2] != (stat.st_dev, stat.st_ino):  # replaced, say by a restored copy
+            self._db.close()
+            self._db = _open(self._path)
+            (version,) = self._db.conn.execute("pragma data_version").fetchone()
+        self._keys = {row["hash"]: _record(row) for row in self._db.query("select * from keys")}
+        self._seen = (stat.st_dev, stat.st_ino, version)
+
+
+def _open(path: Path) -> Database:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(path):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        os.chmod(path, 0o600)
+        db = Database(sqlite3.connect(path, timeout=5, isolation_level=None))
+        db.enable_wal()
+        migrations.apply(db)
+    return db
+
+
+def _new_key() -> str:
+    return "sk-" + secrets.token_urlsafe(32)
+
+
+def _secret_columns(key: str) -> dict[str, str]:
+    # Enough of the key to recognise it by, far too little to guess it from.
+    return {"hash": hash_key(key), "hint": f"{key[:7]}…{key[-4:]}"}
+
+
+def _record(row: dict[str, Any]) -> Key:
+    return Key(
+        id=row["id"],
+        name=row["name"],
+        hint=row["hint"],
+        created_at=row["created_at"],
+        disabled=bool(row["disabled"]),
+        expires_at=row["expires_at"],
+        models=tuple(msgspec.json.decode(row["models"], type=list[str])),
+    )
+
+

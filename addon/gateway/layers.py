@@ -1,0 +1,337 @@
+"""What mitmproxy's hooks can't do, as subclasses of its HTTP layers (pinned to 12.2; `next_layer` puts them in).
+
+- An upstream connection that is refused, or closes before the first byte of an answer, is no error yet: the addon is asked,
+  and the same request may go out again. After a byte came back nothing is ever sent twice.
+- llama-server closes its connection after every streamed answer without saying so: such a connection is not used again.
+- The end of an answer waits until the addon has settled the request.
+- A refused request's body is dropped instead of kept, and a request's head has a size limit.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from mitmproxy import http
+from mitmproxy.connection import Connection, Server
+from mitmproxy.net.tls import starts_like_tls_record
+from mitmproxy.proxy import commands, events, layer, tunnel
+from mitmproxy.proxy.layer import CommandGenerator, NextLayer
+from mitmproxy.proxy.layers import ClientTLSLayer, HttpLayer, modes
+from mitmproxy.proxy.layers.http import (
+    ErrorCode,
+    GetHttpConnection,
+    HTTPMode,
+    HttpStream,
+    RequestData,
+    RequestEndOfMessage,
+    RequestHeaders,
+    RequestProtocolError,
+    ResponseData,
+    ResponseEndOfMessage,
+    ResponseHeaders,
+    ResponseProtocolError,
+    ResponseTrailers,
+    SendHttp,
+    _http1,
+)
+
+from gateway.exchange import Exchange
+from gateway.relay import Relay
+from gateway.replies import Refusal, refuse
+
+# A head with every header a client might send is a few kB; 64 kB is what servers commonly take.
+MAX_HEAD_BYTES = 64 << 10
+# Clients don't pipeline LLM requests; what comes early is kept only this far.
+MAX_PIPELINED_BYTES = 1 << 20
+
+
+@dataclass
+class UpstreamFailedHook(commands.StartHook):
+    """No byte of an answer came. The addon sets `flow.response` (give up) or gives the request a destination (try again)."""
+
+    name = "upstream_failed"
+    flow: http.HTTPFlow
+
+
+@dataclass
+class AnswerEndsHook(commands.StartHook):
+    """The server's answer has ended, the client's has not: the addon settles the request. Unsettled, it is cut."""
+
+    name = "answer_ends"
+    flow: http.HTTPFlow
+
+
+def exchange_of(flow: http.HTTPFlow) -> Exchange | None:
+    """The exchange that the addon opened for a flow. Not in `flow.metadata`: that is copied and serialised."""
+    found = vars(flow).get("exchange")
+    return found if isinstance(found, Exchange) else None
+
+
+def open_exchange(flow: http.HTTPFlow, exchange: Exchange) -> None:
+    vars(flow)["exchange"] = exchange
+
+
+_FROM_SERVER = (ResponseHeaders, ResponseData, ResponseTrailers, ResponseEndOfMessage, ResponseProtocolError)
+# What mitmproxy's HTTP/1 client says when a connection closes and nothing at all had come.
+_CLOSED_WITHOUT_A_BYTE = "server closed connection"
+
+
+class _Sink(layer.Layer):
+    """Takes over a connection that nobody listens to any more."""
+
+    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
+        yield from ()
+
+
+class GatewayStream(HttpStream):
+    """One request and its answer."""
+
+    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
+        if isinstance(event, RequestProtocolError):
+            self._note_cut("client")
+        elif isinstance(event, ResponseProtocolError):
+            if self._waits_for_answer():
+                yield from self._ask_after_failure(event.message)
+                return
+            self._note_cut("server")
+        yield from super()._handle_event(event)
+
+    def _note_cut(self, side: str) -> None:
+        flow = getattr(self, "flow", None)
+        exchange = exchange_of(flow) if flow else None
+        if exchange and exchange.cut_by is None:
+            exchange.cut_by = side
+
+    def _waits_for_answer(self) -> bool:
+        return (
+            self.server_state == self.state_wait_for_response_headers
+            and self.client_state == self.state_done
+            and exchange_of(self.flow) is not None
+        )
+
+    # -- the request ---------------------------------------------------------------------------------------------------
+
+    def state_consume_request_body(self, event: events.Event) -> CommandGenerator[None]:
+        if isinstance(event, RequestData):
+            exchange = exchange_of(self.flow)
+            # One byte too many is enough to know; the rest is read and dropped, so that the client gets its answer.
+            if self.flow.response or not exchange or len(self.request_body_buf) > exchange.max_body_bytes:
+                return
+        yield from super().state_consume_request_body(event)
+
+    def make_server_connection(self) -> CommandGenerator[bool]:
+        """Connect to where the addon sent the request; ask it again when the connection is refused."""
+        while True:
+            request = self.flow.request
+            connection, error = yield GetHttpConnection(
+                (request.host, request.port),
+                request.scheme == "https",
+                self.flow.server_conn.via,
+                self.flow.server_conn.transport_protocol,
+            )
+            if not error:
+                assert connection
+                self.context.server = self.flow.server_conn = connection
+                if exchange := exchange_of(self.flow):
+                    exchange.connection_was_used = connection in self._http.used
+                self._http.used.add(connection)
+                return True
+            exchange = exchange_of(self.flow)
+            if exchange is None:
+                yield from self.handle_protocol_error(
+                    ResponseProtocolError(self.stream_id, error, ErrorCode.CONNECT_FAILED)
+                )
+                return False
+            exchange.connection_refused = exchange.may_send_again = True
+            if not (yield from self._wants_another_try(error)):
+                return False
+
+    def _ask_after_failure(self, message: str) -> CommandGenerator[None]:
+        exchange = exchange_of(self.flow)
+        assert exchange
+        exchange.connection_refused = False
+        exchange.may_send_again = message == _CLOSED_WITHOUT_A_BYTE
+        if (yield from self._wants_another_try(message)):
+            yield from self._send_again()
+
+    def _wants_another_try(self, message: str) -> CommandGenerator[bool]:
+        """True: the addon has chosen a server, send. False: the client has got its answer, or is gone."""
+        exchange = exchange_of(self.flow)
+        assert exchange
+        exchange.failure = message
+        yield UpstreamFailedHook(self.flow)
+        if (yield from self.check_killed(True)):
+            return False
+        if exchange.failure is None and not self.flow.response:
+            return True
+        if not self.flow.response:  # the addon is gone or broken: nobody decided
+            set_response(self.flow, Refusal(502, "upstream_unreachable", message))
+        yield from self.send_response()
+        return False
+
+    def _send_again(self) -> CommandGenerator[None]:
+        old = self.context.server
+        connections = self._http.connections
+        if old in connections:
+            connections[old] = _Sink(self.context.fork())
+            yield commands.CloseConnection(old)
+        # What queued up while we asked came from the old connection.
+        self._paused_event_queue = deque(
+            event for event in self._paused_event_queue if not isinstance(event, _FROM_SERVER)
+        )
+        if not (yield from self.make_server_connection()):
+            return
+        request = self.flow.request
+        body = request.raw_content
+        yield SendHttp(RequestHeaders(self.stream_id, request, not body), self.context.server)
+        if body:
+            yield SendHttp(RequestData(self.stream_id, body), self.context.server)
+        yield SendHttp(RequestEndOfMessage(self.stream_id), self.context.server)
+
+    # -- the answer ----------------------------------------------------------------------------------------------------
+
+    def state_wait_for_response_headers(self, event: events.Event) -> CommandGenerator[None]:
+        assert isinstance(event, ResponseHeaders)
+        headers = event.response.headers
+        if "event-stream" in headers.get("content-type", "") or "close" in headers.get("connection", "").lower():
+            self._http.spent.add(self.context.server)
+        yield from super().state_wait_for_response_headers(event)
+
+    def state_stream_response_body(self, event: events.Event) -> CommandGenerator[None]:
+        assert self.flow.response
+        relay, exchange = self.flow.response.stream, exchange_of(self.flow)
+        if not isinstance(relay, Relay) or exchange is None:
+            yield from super().state_stream_response_body(event)
+        elif isinstance(event, ResponseData):
+            data = relay.feed(event.data)
+            if relay.ended and not (yield from self._settle(exchange)):
+                return
+            yield from self._send_to_client(data)
+        elif isinstance(event, ResponseEndOfMessage):
+            relay.close()
+            if not (yield from self._settle(exchange)):
+                return
+            yield from self._send_to_client(relay.finish())
+            if self.context.options.store_streamed_bodies:
+                self.flow.response.data.content = bytes(self.response_body_buf)
+                self.response_body_buf.clear()
+            yield from self.send_response(already_streamed=True)
+        else:
+            yield from super().state_stream_response_body(event)
+
+    def _settle(self, exchange: Exchange) -> CommandGenerator[bool]:
+        """Wait until the row is on disk. False: it is not, or the client has left; the answer is cut."""
+        if exchange.settled:
+            return True
+        yield AnswerEndsHook(self.flow)
+        if not exchange.settled and self.flow.killable:
+            self.flow.kill()
+        return not (yield from self.check_killed(True))
+
+    def _send_to_client(self, data: bytes) -> CommandGenerator[None]:
+        if data:
+            if self.context.options.store_streamed_bodies:
+                self.response_body_buf += data
+            yield SendHttp(ResponseData(self.stream_id, data), self.context.client)
+
+    @property
+    def _http(self) -> "GatewayLayer":
+        parent = self.context.layers[self.context.layers.index(self) - 1]
+        assert isinstance(parent, GatewayLayer)
+        return parent
+
+
+class BoundedHttp1Server(_http1.Http1Server):
+    """mitmproxy's HTTP/1 server with bounds on what a client may make it keep."""
+
+    def read_headers(self, event: events.Event) -> CommandGenerator[None]:
+        if isinstance(event, events.DataReceived) and len(self.buf) > MAX_HEAD_BYTES:
+            if b"\r\n\r\n" not in bytes(self.buf)[:MAX_HEAD_BYTES]:
+                yield commands.SendData(self.conn, error_response(431, "The request's head is too large."))
+                yield commands.CloseConnection(self.conn)
+                self.state = self.done
+                return
+        yield from super().read_headers(event)
+
+    def wait(self, event: events.Event) -> CommandGenerator[None]:
+        if len(self.buf) > MAX_PIPELINED_BYTES:
+            event = events.ConnectionClosed(self.conn)
+        yield from super().wait(event)
+
+
+class GatewayLayer(HttpLayer):
+    """A client connection and its connections to servers."""
+
+    def __init__(self, context: Any, mode: HTTPMode) -> None:
+        super().__init__(context, mode)
+        self.used: set[Connection] = set()  # connections that a request was sent over
+        self.spent: set[Connection] = set()  # connections that the server will close
+
+    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
+        if isinstance(event, events.Start) and self.context.client.alpn in (None, b"http/1.1"):
+            # The base class sets this by setdefault, too.
+            self.connections.setdefault(self.context.client, BoundedHttp1Server(self.context.fork()))
+        yield from super()._handle_event(event)
+
+    def make_stream(self, stream_id: int) -> CommandGenerator[None]:
+        self.streams[stream_id] = stream = GatewayStream(self.context.fork(), stream_id)
+        yield from self.event_to_child(stream, events.Start())
+
+    def get_connection(self, event: GetHttpConnection, *, reuse: bool = True) -> CommandGenerator[None]:
+        # The base class remembers a failed connection for as long as the client stays, and would never try that server
+        # again; it also keeps closed ones.
+        for connection in [c for c in self.connections if isinstance(c, Server) and self._is_over(c)]:
+            old = self.connections.pop(connection)
+            self.used.discard(connection)
+            if connection in self.spent:
+                self.spent.discard(connection)
+                if connection.connected:
+                    self.connections[connection] = _Sink(old.context)
+                    yield commands.CloseConnection(connection)
+        yield from super().get_connection(event, reuse=reuse)
+
+    def _is_over(self, connection: Server) -> bool:
+        if connection in self.waiting_for_establishment:
+            return False
+        over = connection.error is not None or connection.timestamp_end is not None
+        return over or (connection in self.spent and not self._is_busy(connection))
+
+    def _is_busy(self, connection: Server) -> bool:
+        """Whether a stream of another request still runs over it (HTTP/2 clients)."""
+        return any(
+            stream.context.server is connection and stream.server_state == stream.state_stream_response_body
+            for stream in self.streams.values()
+        )
+
+
+def install(next_layer: NextLayer) -> None:
+    """To be called from the addon's `next_layer` hook: puts our HTTP layer under a reverse proxy's connections."""
+    context = next_layer.context
+    if next_layer.layer is None and len(context.layers) == 1 and isinstance(context.layers[0], modes.ReverseProxy):
+        data = next_layer.data_client()
+        if not data:
+            return
+        stack = tunnel.LayerStack()
+        if starts_like_tls_record(data):
+            stack /= ClientTLSLayer(context)
+        stack /= GatewayLayer(context, HTTPMode.transparent)
+        next_layer.layer = stack[0]
+
+
+def error_response(status: int, message: str = "") -> bytes:
+    """mitmproxy's own refusals (malformed requests) in our dialect instead of an HTML page."""
+    code = {413: "request_too_large", 431: "request_too_large", 502: "upstream_unreachable"}.get(status, "invalid_request")
+    reply = refuse(Refusal(status, code, message[:300]), "")
+    response = http.Response.make(reply.status, reply.body, {**reply.headers, "Connection": "close"})
+    return _http1.http1.assemble_response(response)
+
+
+def speak_json() -> None:
+    """Have mitmproxy's HTTP/1 layer answer malformed requests with `error_response`. It looks the name up at each call."""
+    _http1.make_error_response = error_response
+
+
+def set_response(flow: http.HTTPFlow, refusal: Refusal) -> None:
+    """Answer a flow with a refusal, in the dialect of its path."""
+    reply = refuse(refusal, flow.request.path.partition("?")[0])
+    flow.response = http.Response.make(reply.status, reply.body, reply.headers)

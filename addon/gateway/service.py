@@ -1,0 +1,122 @@
+"""What a config makes: keys, router, ledger, and the decisions that need several of them. Knows no mitmproxy."""
+
+from collections import Counter
+from typing import Any
+
+from gateway import endpoints, wire
+from gateway.auth import Authenticator
+from gateway.config import Config
+from gateway.discovery import Discovery
+from gateway.exchange import Exchange, utc_now
+from gateway.keystore import KeyReader
+from gateway.ledger import Ledger
+from gateway.replies import Refusal, Reply, answer
+from gateway.routing import Router
+from gateway.usage import FORMATS
+from gateway.wire import Asked
+
+
+class Service:
+    """Everything behind the hooks. Raises OSError or sqlite3.Error when its files can't be opened."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.max_body_bytes = int(config.max_body_mb * 1_000_000)
+        self.router = Router(config)
+        self.discovery = Discovery(self.router)
+        self.ledger = Ledger(config.data / "usage.db")
+        self._keys = KeyReader(config.data / "keys.db")
+        self.authenticator = Authenticator(self._keys, utc_now)
+        self._outcomes: Counter[str] = Counter()
+        self._addresses = {(server.host, server.port) for server in self.router.servers}
+
+    def close(self) -> None:
+        self.discovery.stop()
+        self.ledger.close()
+        self._keys.close()
+
+    def is_server(self, address: Any) -> bool:
+        """Whether an address (host, port) is one of the config's servers."""
+        return address is not None and tuple(address[:2]) in self._addresses
+
+    def count(self, outcome: str) -> None:
+        self._outcomes[outcome] += 1
+
+    def too_large(self) -> Refusal:
+        return Refusal(413, "request_too_large", f"The request body is over {self.config.max_body_mb:g} MB.", param="body")
+
+    def read(self, endpoint: str, body: bytes, content_type: str) -> Asked:
+        """What a body asks for. Bodies of paths that we know must be readable; others may be anything. Raises Refusal."""
+        if content_type.lower().startswith("multipart/form-data"):
+            return wire.read_multipart(body, content_type)
+        looks_like_json = body.lstrip(b" \t\r\n").startswith(b"{")
+        if looks_like_json or (body and endpoint in FORMATS):
+            return wire.read_json(body)
+        return Asked()
+
+    def answer_public(self, method: str, path: str, *, draining: bool) -> Reply | None:
+        """Answers that need no key."""
+        if path in ("/health", "/v1/health") and method in ("GET", "HEAD"):
+            return self._health(draining)
+        if path == "/metrics" and method in ("GET", "HEAD"):
+            return Reply(200, self._metrics().encode(), {"content-type": "text/plain; version=0.0.4"})
+        return None
+
+    def answer(self, method: str, exchange: Exchange) -> Reply | None:
+        """Answers of our own to a caller. None: the request goes to a server. Raises Refusal."""
+        path = exchange.endpoint
+        if path in ("/v1/models", "/models") and method in ("GET", "HEAD"):
+            models = [
+                {"id": name, "object": "model", "created": 0, "owned_by": "llmproxy"}
+                for name, model in self.router.visible()
+                if exchange.caller.may_use(name, model)
+            ]
+            return answer(200, {"object": "list", "data": models})
+        if endpoints.is_reserved(path):
+            raise Refusal(404, "not_found", f"There is nothing at {path[:200]}.")
+        if endpoints.is_private(path):
+            raise Refusal(403, "endpoint_not_allowed", f"{path[:200]} belongs to all users of a server and is not open to keys.")
+        return None
+
+    def choose(self, exchange: Exchange) -> None:
+        """Model, permission, server: claims the server. Raises Refusal."""
+        asked = exchange.asked.model
+        model = self.router.resolve(asked)
+        if model is not None and not exchange.caller.may_use(asked if asked is not None else model, model):
+            raise Refusal(403, "model_not_allowed", f"This API key may not use {(asked or model)[:200]!r}.", param="model")
+        if not self.ledger.healthy:
+            raise Refusal(503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"})
+        exchange.served_model = model
+        exchange.fill_in_model = asked is None and self.config.default_model is not None
+        exchange.claim = self.router.pick(model)
+
+    def pick_again(self, exchange: Exchange) -> None:
+        """Another claim after a failed attempt, on a server that was not tried. Raises Refusal (503)."""
+        exchange.release()
+        exchange.claim = self.router.pick(exchange.served_model, exchange.tried)
+
+    def _health(self, draining: bool) -> Reply:
+        problem = "draining" if draining else None if self.ledger.healthy else "rows can't be written"
+        servers = self.router.servers
+        body = {
+            "status": problem or "ok",
+            "servers": {"total": len(servers), "up": sum(server.up is True for server in servers)},
+            "running": sum(server.running for server in servers),
+        }
+        return answer(503 if problem else 200, body)
+
+    def _metrics(self) -> str:
+        lines = ["# TYPE llmproxy_requests_total counter"]
+        lines += [f'llmproxy_requests_total{{outcome="{name}"}} {count}' for name, count in sorted(self._outcomes.items())]
+        lines.append("# TYPE llmproxy_running gauge")
+        lines += [f"llmproxy_running{{server={_label(server.name)}}} {server.running}" for server in self.router.servers]
+        lines.append("# TYPE llmproxy_server_up gauge")
+        lines += [f"llmproxy_server_up{{server={_label(server.name)}}} {int(server.up is True)}" for server in self.router.servers]
+        lines.append("# TYPE llmproxy_ledger_healthy gauge")
+        lines.append(f"llmproxy_ledger_healthy {int(self.ledger.healthy)}")
+        return "\n".join(lines) + "\n"
+
+
+def _label(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

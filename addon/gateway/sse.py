@@ -1,0 +1,92 @@
+"""Bytes of an event stream -> its events, as the HTML standard has them, bounded and without I/O.
+
+Line ends are LF, CRLF or CR and nothing else (no splitting at U+2028); `data` and `data:` without a space count; several data
+lines are one event; a line that starts with a colon is a comment. https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+import re
+
+import msgspec
+
+# An answer's largest event is /v1/responses' last one, which repeats the whole answer: megabytes, not tens of them.
+MAX_EVENT_BYTES = 8 << 20
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+# Atomic groups: a CRLF must never be taken apart into two line ends.
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+
+
+class Block(msgspec.Struct, frozen=True, gc=False):
+    """What stands between two blank lines: the exact bytes, and the event in them (`data` is None when there is none)."""
+
+    raw: bytes
+    data: bytes | None
+    name: bytes = b""
+
+
+class EventReader:
+    """Feed it bytes as they come; it returns each block once its blank line is there. `b"".join(raw)` is what was fed."""
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max = max_event_bytes
+        self._pending = bytearray()
+        self._seen = 0  # bytes of _pending in which no end was found
+        self._too_long = False
+        self._started = False
+
+    def feed(self, data: bytes) -> list[Block]:
+        if not self._pending and data.endswith(b"\n\n") and b"\r" not in data and self._started:
+            return [self._block(part + b"\n\n") for part in data[:-2].split(b"\n\n")]
+        self._pending += data
+        return self._cut()
+
+    def end(self) -> list[Block]:
+        """What is left at the stream's end. The standard drops an event whose blank line never came; a proxy passes its
+        bytes on and reads it, since some servers leave out the last blank line."""
+        rest, self._pending = bytes(self._pending), bytearray()
+        return [self._block(rest)] if rest else []
+
+    def _cut(self) -> list[Block]:
+        blocks = []
+        # The last three bytes may be the first part of an end; a CR at the very end may be half of a CRLF.
+        buffer, start, scan = self._pending, 0, max(0, self._seen - 3)
+        while (end := _EVENT_END.search(buffer, scan)) and not (end.end() == len(buffer) and buffer[-1] == 13):
+            blocks.append(self._block(bytes(buffer[start : end.end()])))
+            start = scan = end.end()
+        if start:
+            del buffer[:start]
+        if len(buffer) > self._max:
+            blocks.append(Block(bytes(buffer[:-3]), None))
+            del buffer[:-3]
+            self._too_long = True
+        self._seen = len(buffer)
+        return blocks
+
+    def _block(self, raw: bytes) -> Block:
+        text = raw
+        if not self._started:
+            self._started = True
+            text = raw.removeprefix(b"\xef\xbb\xbf")
+        if self._too_long:
+            self._too_long = False
+            return Block(raw, None)
+        if text.startswith(b"data: ") and text.find(b"\n") == len(text) - 2 and b"\r" not in text:
+            return Block(raw, text[6:-2])
+        return _parse(raw, text)
+
+
+def starts_event(data: bytes) -> bool:
+    """Whether these first bytes of a stream hold the beginning of something other than comments and blank lines."""
+    return any(line and not line.startswith(b":") for line in _LINE_END.split(data.removeprefix(b"\xef\xbb\xbf")))
+
+
+def _parse(raw: bytes, text: bytes) -> Block:
+    values: list[bytes] = []
+    name = b""
+    for line in _LINE_END.split(text):
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            values.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.removeprefix(b" ")
+    return Block(raw, b"\n".join(values) if values else None, name)

@@ -1,0 +1,142 @@
+"""scripts/bench: what the proxy costs, beside the same work sent directly and through a bare mitmdump.
+
+Starts everything itself on 127.0.0.1: a scripted fast upstream, the gateways, the load; stops it all, however it ends.
+"""
+
+import argparse
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "addon"))
+
+from benchmark import report, work
+from benchmark.gateways import STARTERS, Gateway, Place, by_url, free_port, start_upstream
+from benchmark.measures import SECTIONS, Section
+from benchmark.processes import Processes
+from benchmark.runner import QUICK, Effort, Findings, Load, Runner
+from supervisor import StartFailedError
+
+_ROUNDS = 3
+_OPEN_FILES = 16_384  # a thousand streams are two thousand connections in a gateway
+
+
+@dataclass(frozen=True)
+class Plan:
+    effort: Effort
+    sections: frozenset[Section]
+    rows: Sequence[str]  # of STARTERS
+    others: Sequence[Gateway]
+    upstream_port: int
+    keep_streams: bool
+    json_path: Path | None
+
+
+def main() -> None:
+    plan = parse(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    allow_open_files()
+    machine = report.machine()
+    findings = Findings()
+    began = time.monotonic()
+    try:
+        with Processes() as processes:
+            names = measure(plan, processes, findings)
+    except StartFailedError as error:
+        sys.exit(f"bench: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    took = f"The run took {time.monotonic() - began:.0f} s."
+    print(f"{machine}\n\n{report.table(findings, names)}\n\n{report.notes(findings, plan.effort.rounds)}\n- {took}")
+    if plan.json_path is not None:
+        plan.json_path.write_text(work.pretty({"machine": machine, "findings": findings}))
+
+
+def measure(plan: Plan, processes: Processes, findings: Findings) -> list[str]:
+    """Returns the gateways' names, in the table's order."""
+    place = Place(processes, plan.upstream_port)
+    direct = start_upstream(place, keep_streams=plan.keep_streams)
+    runner = Runner(Load(processes), plan.effort, plan.sections, findings, say)
+    names = [direct.name]
+    if plan.sections - {"memory"}:
+        started = [STARTERS[row](place) for row in plan.rows]
+        gateways = [direct, *started, *plan.others]
+        names = [gateway.name for gateway in gateways]
+        for gateway in plan.others:
+            if problem := gateway.problem():
+                raise StartFailedError(f"{gateway.name}: {problem}")
+        runner.rounds(gateways)
+        if "streams" in plan.sections:
+            runner.sustained(gateways)
+        processes.stop([gateway.process for gateway in started if gateway.process is not None])
+    if "memory" in plan.sections:
+        for row in plan.rows:
+            fresh = STARTERS[row](place)
+            runner.memory(fresh)
+            names += [fresh.name] if fresh.name not in names else []
+            processes.stop([fresh.process] if fresh.process is not None else [])
+        for gateway in plan.others:
+            runner.memory(gateway)
+            names += [gateway.name] if gateway.name not in names else []
+    return names
+
+
+def parse(arguments: Sequence[str]) -> Plan:
+    options = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").partition("\n")[0])
+    add = options.add_argument
+    add("--quick", action="store_true", help="one short round: does it all work?")
+    add("--rounds", type=int, metavar="N", help=f"default {_ROUNDS}, with --quick 1")
+    add("--only", action="append", choices=SECTIONS, help="may be given several times")
+    add("--rows", default=",".join(STARTERS), help="what to start besides direct (default %(default)s)")
+    text = "another gateway, started before on --upstream-port, model 'bench'; its bytes may differ from the upstream's"
+    add("--gateway", action="append", default=[], metavar="NAME=URL[,KEY]", help=text)
+    add("--pid", action="append", default=[], metavar="NAME=PID", help="that gateway's process, for CPU and memory")
+    add("--upstream-port", type=int, metavar="PORT", help="of the scripted upstream (default: a free one)")
+    text = "the upstream keeps its connection after a streamed answer; llama-server does not"
+    add("--keep-streams", action="store_true", help=text)
+    add("--json", type=Path, metavar="FILE", help="also write every number there")
+    chosen = options.parse_args(arguments)
+    rows = [row for row in chosen.rows.split(",") if row]
+    if unknown := [row for row in rows if row not in STARTERS]:
+        options.error(f"--rows: {unknown[0]!r} is none of {', '.join(STARTERS)}")
+    if chosen.rounds is not None and chosen.rounds < 1:
+        options.error("--rounds: at least 1")
+    try:
+        pids = {name: int(pid) for name, _, pid in (text.partition("=") for text in chosen.pid)}
+        others = [by_url(text, pids) for text in chosen.gateway]
+    except ValueError as error:
+        options.error(str(error))
+    effort = QUICK if chosen.quick else Effort(_ROUNDS)
+    return Plan(
+        effort=replace(effort, rounds=chosen.rounds or effort.rounds),
+        sections=frozenset(chosen.only or SECTIONS),
+        rows=rows,
+        others=others,
+        upstream_port=chosen.upstream_port or free_port(),
+        keep_streams=chosen.keep_streams,
+        json_path=chosen.json,
+    )
+
+
+def allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
