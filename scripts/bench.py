@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,48 +43,64 @@ def main() -> None:
         signal.signal(number, _leave)
     allow_open_files()
     machine = report.machine()
-    findings = Findings()
+    bench = Bench(plan, Findings(plan.sections))
     began = time.monotonic()
+    failure = ""
     try:
         with Processes() as processes:
-            names = measure(plan, processes, findings)
+            bench.measure(processes)
     except StartFailedError as error:
-        sys.exit(f"bench: {error}")
+        failure = f"bench: {error}"
     except KeyboardInterrupt:
-        sys.exit(130)
-    took = f"The run took {time.monotonic() - began:.0f} s."
-    print(f"{machine}\n\n{report.table(findings, names)}\n\n{report.notes(findings, plan.effort.rounds)}\n- {took}")
+        failure = "bench: interrupted"
+    took = f"- The run took {time.monotonic() - began:.0f} s."
+    print(f"{machine}\n\n{report.table(bench.findings, bench.names)}\n")
+    print(f"{report.notes(bench.findings, plan.effort.rounds)}\n{took}")
     if plan.json_path is not None:
-        plan.json_path.write_text(work.pretty({"machine": machine, "findings": findings}))
+        plan.json_path.write_text(work.pretty({"machine": machine, "findings": bench.findings}))
+    sys.exit(failure or 0)
 
 
-def measure(plan: Plan, processes: Processes, findings: Findings) -> list[str]:
-    """Returns the gateways' names, in the table's order."""
-    place = Place(processes, plan.upstream_port)
-    direct = start_upstream(place, keep_streams=plan.keep_streams)
-    runner = Runner(Load(processes), plan.effort, plan.sections, findings, say)
-    names = [direct.name]
-    if plan.sections - {"memory"}:
-        started = [STARTERS[row](place) for row in plan.rows]
-        gateways = [direct, *started, *plan.others]
-        names = [gateway.name for gateway in gateways]
-        for gateway in plan.others:
+@dataclass
+class Bench:
+    """One run; what it has found stays here when it fails halfway."""
+
+    plan: Plan
+    findings: Findings
+    names: list[str] = field(default_factory=list)  # of the gateways, in the table's order
+
+    def measure(self, processes: Processes) -> None:
+        place = Place(processes, self.plan.upstream_port)
+        direct = start_upstream(place, keep_streams=self.plan.keep_streams)
+        runner = Runner(Load(processes), self.plan.effort, self.findings, say)
+        self._name(direct)
+        for gateway in self.plan.others:
             if problem := gateway.problem():
                 raise StartFailedError(f"{gateway.name}: {problem}")
-        runner.rounds(gateways)
-        if "streams" in plan.sections:
-            runner.sustained(gateways)
-        processes.stop([gateway.process for gateway in started if gateway.process is not None])
-    if "memory" in plan.sections:
-        for row in plan.rows:
-            fresh = STARTERS[row](place)
-            runner.memory(fresh)
-            names += [fresh.name] if fresh.name not in names else []
-            processes.stop([fresh.process] if fresh.process is not None else [])
-        for gateway in plan.others:
-            runner.memory(gateway)
-            names += [gateway.name] if gateway.name not in names else []
-    return names
+        if self.plan.sections - {"memory"}:
+            started = [STARTERS[row](place) for row in self.plan.rows]
+            gateways = [direct, *started, *self.plan.others]
+            self._name(*gateways)
+            runner.rounds(gateways)
+            if "streams" in self.plan.sections:
+                runner.sustained(gateways)
+            stop(processes, started)
+        if "memory" in self.plan.sections:
+            for row in self.plan.rows:
+                fresh = STARTERS[row](place)
+                self._name(fresh)
+                runner.memory(fresh)
+                stop(processes, [fresh])
+            for gateway in self.plan.others:
+                self._name(gateway)
+                runner.memory(gateway)
+
+    def _name(self, *gateways: Gateway) -> None:
+        self.names += [gateway.name for gateway in gateways if gateway.name not in self.names]
+
+
+def stop(processes: Processes, gateways: Sequence[Gateway]) -> None:
+    processes.stop([gateway.process for gateway in gateways if gateway.process is not None])
 
 
 def parse(arguments: Sequence[str]) -> Plan:

@@ -19,20 +19,21 @@ from sqlite_utils import Database
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "addon"))
 
-from gateway.schema import NONE, ROLLUP_SUMS, ROLLUPS, ttft_bucket, usage  # noqa: E402
+from gateway.schema import NONE, ROLLUP_SUMS, ROLLUPS, ttft_bucket, usage
 
 Column = NDArray[Any]
 DAY_MS = 86_400_000
 CHUNK_ROWS = 250_000  # rows held in memory at once
 
-PEOPLE = (
-    "alice bob carol david emma frank grace henry irene jan karin liam maria noah olga paul quentin rosa samir tina "
-    "ulrich vera walter xenia yusuf zoe anouk bruno"
-).split()
-AGENTS = (
-    "agent-review agent-triage agent-docs agent-tests agent-search agent-mail ci-nightly ci-lint notebook-eval "
-    "chat-web support-bot batch-tagging"
-).split()
+PEOPLE = [
+    "alice", "bob", "carol", "david", "emma", "frank", "grace", "henry", "irene", "jan", "karin", "liam", "maria",
+    "noah", "olga", "paul", "quentin", "rosa", "samir", "tina", "ulrich", "vera", "walter", "xenia", "yusuf", "zoe",
+    "anouk", "bruno"
+]  # fmt: skip
+AGENTS = [
+    "agent-review", "agent-triage", "agent-docs", "agent-tests", "agent-search", "agent-mail", "ci-nightly",
+    "ci-lint", "notebook-eval", "chat-web", "support-bot", "batch-tagging"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ ERRORS: dict[str, tuple[tuple[int | None, str | None], ...]] = {
     "unreachable": ((502, "upstream_unreachable"), (503, "no_server_available"), (504, "upstream_timeout")),
     "refused": ((429, "rate_limit_exceeded"), (403, "model_not_allowed"), (404, "model_not_found")),
 }
-COLUMNS = (
-    "id started_at key_id key_name model served_model server endpoint stream status outcome error_code prompt_tokens "
-    "cached_tokens completion_tokens reasoning_tokens tokens_source queue_ms ttft_ms duration_ms prompt_ms predicted_ms "
-    "attempts request_bytes response_bytes client_request_id worker"
-).split()
+COLUMNS = [
+    "id", "started_at", "key_id", "key_name", "model", "served_model", "server", "endpoint", "stream", "status",
+    "outcome", "error_code", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens",
+    "tokens_source", "queue_ms", "ttft_ms", "duration_ms", "prompt_ms", "predicted_ms", "attempts", "request_bytes",
+    "response_bytes", "client_request_id", "worker"
+]  # fmt: skip
 INSERT = f"insert into requests ({', '.join(COLUMNS)}) values ({', '.join('?' * len(COLUMNS))})"
 WITHIN = "started_at >= ? and started_at < ?"
 
@@ -137,7 +139,10 @@ def day_columns(random: np.random.Generator, at_ms: NDArray[np.int64]) -> dict[s
     tails = random.integers(0, 2**62, (n, 2))
     codes = [ERRORS[name] for name in OUTCOMES]
     pick = random.integers(0, 6, n)
-    answers = [codes[o][0 if p > 2 else p % len(codes[o])] for o, p in zip(outcome.tolist(), pick.tolist(), strict=True)]
+    chosen = zip(outcome.tolist(), pick.tolist(), strict=True)
+    answers = [codes[o][0 if p > 2 else p % len(codes[o])] for o, p in chosen]
+
+    routed = np.array([code != "model_not_found" for _, code in answers], bool)
 
     def known(values: Column, where: Column) -> list[Any]:
         return [v if w else None for v, w in zip(values.tolist(), where.tolist(), strict=True)]
@@ -151,7 +156,7 @@ def day_columns(random: np.random.Generator, at_ms: NDArray[np.int64]) -> dict[s
         "key_id": (user + 1).tolist(),
         "key_name": np.array(users)[user].tolist(),
         "model": asked.tolist(),
-        "served_model": known(np.array([m.name for m in MODELS])[model], np.array([a[1] != "model_not_found" for a in answers])),
+        "served_model": known(np.array([m.name for m in MODELS])[model], routed),
         "server": known(np.array([s.name for s in SERVERS])[server], ~np.isin(outcome, [4, 5])),
         "endpoint": endpoints.tolist(),
         "stream": stream.astype(int).tolist(),
@@ -180,7 +185,8 @@ def day_columns(random: np.random.Generator, at_ms: NDArray[np.int64]) -> dict[s
 
 def uuid7(at_ms: int, a: int, b: int) -> str:
     """The text of a version 7 UUID: 48 bits of time, then 74 random bits out of two numbers."""
-    return f"{at_ms >> 16:08x}-{at_ms & 0xFFFF:04x}-7{a & 0xFFF:03x}-{0x8000 | (a >> 12) & 0x3FFF:04x}-{b & 0xFFFFFFFFFFFF:012x}"
+    time = f"{at_ms >> 16:08x}-{at_ms & 0xFFFF:04x}"
+    return f"{time}-7{a & 0xFFF:03x}-{0x8000 | (a >> 12) & 0x3FFF:04x}-{b & 0xFFFFFFFFFFFF:012x}"
 
 
 def columns_of(expression: str) -> str:
@@ -227,7 +233,7 @@ def generate(path: Path, rows: int, *, seed: int = 1, days: int = 90, end: datet
     usage.apply(db)
     for pragma in ("journal_mode = off", "synchronous = off", "cache_size = -500000"):  # a file that can be made again
         db.execute(f"pragma {pragma}")
-    bounds = sorted({ttft_bucket(10 ** (step / 10)) for step in range(-1, 81)})
+    bounds = sorted({ttft_bucket(10 ** (step / 10 - 0.05)) for step in range(81)})  # from the middle of each bucket
     db.execute("create temp table bounds (upto_ms real primary key)")
     db.conn.executemany("insert into temp.bounds values (?)", [(bound,) for bound in bounds])
 

@@ -28,9 +28,10 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="a model this key may use: a name, a wildcard (gpt-*) or a regular expression (/gpt-[34]/); repeatable; none: all",
+        help="a model this key may use: a name, a wildcard (gpt-*) or a regular expression (/gpt-[34]/); "
+        "can be repeated; without it the key may use all",
     )
-    create.add_argument("--expires", metavar="WHEN", help="2027-01-31 (through that day, UTC), a time, or 90d, 12h, 30m")
+    create.add_argument("--expires", metavar="WHEN", help="2027-01-31 (through that day, UTC) or 90d, 12h, 30m")
     commands.add_parser("list", parents=[common], help="all keys")
     for name, text in (
         ("show", "one key"),
@@ -72,7 +73,8 @@ def _run(store: KeyStore, arguments: argparse.Namespace) -> None:
         _print_keys([store.get(arguments.name)], arguments.json)
     elif arguments.command == "revoke":
         key = store.revoke(arguments.name)
-        print(json.dumps({"id": key.id, "name": key.name, "state": "revoked"}) if arguments.json else f"revoked {key.name}")
+        shown = json.dumps({"id": key.id, "name": key.name, "state": "revoked"})
+        print(shown if arguments.json else f"revoked {key.name}")
     else:
         _print_keys([store.set_disabled(arguments.name, arguments.command == "disable")], arguments.json)
 

@@ -32,9 +32,13 @@ class Loop(BaseLoop):
     reuse_port = False
 
     def set_task_factory(self, factory: Any) -> None:
-        if factory is asyncio.eager_task_factory and sys.version_info < (3, 13, 3):
-            factory = eager_task
-        super().set_task_factory(factory)
+        replaced = factory is asyncio.eager_task_factory and sys.version_info < (3, 13, 3)
+        super().set_task_factory(eager_task if replaced else factory)
+
+    def get_task_factory(self) -> Any:
+        """What was set: anyio's task groups look for asyncio's own factory, and break when they miss it."""
+        factory = super().get_task_factory()
+        return asyncio.eager_task_factory if factory is eager_task else factory
 
     async def create_server(self, *args: Any, **kwargs: Any) -> Any:
         if self.reuse_port:

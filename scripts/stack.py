@@ -96,7 +96,7 @@ class Stack:
         await asyncio.wait((stopping, killing), return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
             for child in (child for group in groups for child in group):
-                child.signal(signal.SIGKILL)
+                child.kill()
         killing.cancel()
         return await stopping and not self._kill.is_set()
 
@@ -135,7 +135,7 @@ def dashboard_command(plan: Plan, address: Address) -> Command:
         *("-m", str(ROOT / "datasette-metadata.json"), *DATASETTE_ARGS),
         *("-h", address.host, "-p", str(address.port)),
     ]
-    return Command("dashboard", argv, needed=False)
+    return Command("dashboard", argv, needed=False, quiet=True)  # it would print a line for every page
 
 
 def hints(plan: Plan) -> str:

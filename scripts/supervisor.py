@@ -37,6 +37,7 @@ class Command:
     stop_within_s: float = 5.0  # after SIGTERM; then it is killed
     needed: bool = True  # if it can't start, nothing starts
     restart: bool = True
+    quiet: bool = False  # only its stderr is shown
 
 
 class Child:
@@ -65,11 +66,15 @@ class Child:
                 await asyncio.wait_for(self._process.wait(), self.command.stop_within_s)
             except TimeoutError:
                 by_itself = False
-                self.signal(signal.SIGKILL)
+                self.kill()
                 await self._process.wait()
         if self._watcher is not None:
             self._watcher.cancel()
         return by_itself
+
+    def kill(self) -> None:
+        self._stopping = True
+        self.signal(signal.SIGKILL)
 
     def signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -77,7 +82,11 @@ class Child:
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         self._process = await asyncio.create_subprocess_exec(
-            *self.command.argv, stdin=asyncio.subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent()
+            *self.command.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL if self.command.quiet else None,
+            process_group=0,
+            preexec_fn=die_with_parent(),
         )
         return self._process
 

@@ -98,6 +98,7 @@ def test_the_table_states_medians_ratios_and_errors() -> None:
         return Result(elapsed_s=1.0, answers=1000, latency_ms=[p50_ms, 9.0], cpu_s=cpu_s)
 
     findings = Findings(
+        sections=frozenset({"cpu", "latency"}),
         results={
             "requests 16": {
                 "direct": [result(1.0, None), result(2.0, None), result(3.0, None)],

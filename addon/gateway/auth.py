@@ -1,13 +1,14 @@
-"""Who is asking, and may they? Authentication starts from *no*: a caller exists only where a key was found and is good."""
+"""Who is asking, and may they? Authentication starts from *no*: a caller exists only where a key was found and is
+good.
+"""
 
 import functools
-import sqlite3
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
-from gateway.keystore import Key
+from gateway.keystore import Key, KeysUnavailable
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
 
@@ -50,7 +51,7 @@ class Authenticator:
             )
         try:
             found = self._keys.find(key)
-        except (OSError, sqlite3.Error) as error:
+        except KeysUnavailable as error:
             raise Refusal(503, "keys_unavailable", "Keys can't be checked at the moment.") from error
         if found is None:
             raise Refusal(

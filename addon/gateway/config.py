@@ -1,7 +1,7 @@
 """config.yaml -> frozen records. Everything is checked here, once; what leaves this module is right.
 
-A wrong file raises `ConfigError` with the path in the file, what was expected and a hint. Secrets come by `${NAME}` and hide
-in `repr`.
+A wrong file raises `ConfigError` with the path in the file, what was expected and a hint. Secrets come by
+`${NAME}` and hide in `repr`.
 """
 
 import difflib
@@ -30,7 +30,7 @@ class Secret(str):
 
 
 class Address(str):
-    """"HOST:PORT" or "[IPV6]:PORT", checked. Raises ValueError."""
+    """ "HOST:PORT" or "[IPV6]:PORT", checked. Raises ValueError."""
 
     __slots__ = ()
 
@@ -85,7 +85,9 @@ _EXPECTED = {
 
 
 def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
-    """Read and check a config file (YAML, so JSON too). Relative paths in it count from its folder. Raises ConfigError."""
+    """Read and check a config file (YAML, so JSON too). Relative paths in it count from its folder. Raises
+    ConfigError.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -102,7 +104,7 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
 def parse(text: str, folder: Path, environ: Mapping[str, str]) -> Config:
     """The text of a config file -> Config. `folder`: what relative paths count from. Raises ConfigError."""
     try:
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader that also refuses repeated keys
+        raw = yaml.load(text, Loader=_Loader)  # a SafeLoader that also refuses repeated keys
     except yaml.YAMLError as error:
         raise ConfigError(f"is not YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -121,7 +123,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -152,7 +154,9 @@ def _expand(value: Any, path: str, environ: Mapping[str, str]) -> Any:
             return environ[name]
         if match[2] is not None:
             return default
-        raise ConfigError(f"{path}: the environment variable {name} is not set. Set it, or write ${{{name}:-}} for empty")
+        raise ConfigError(
+            f"{path}: the environment variable {name} is not set. Set it, or write ${{{name}:-}} for empty"
+        )
 
     return _VARIABLE.sub(variable, value)
 
@@ -223,7 +227,10 @@ def _server_problems(servers: tuple[Server, ...]) -> Iterator[tuple[int, str]]:
             yield index, f"url: expected {_EXPECTED['url']}, got {server.url!r}"
         if url.path.rstrip("/").endswith("/v1") or url.query or url.fragment or url.username:
             base = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "")
-            yield index, f"url: expected the server's root, got {server.url!r}. Clients' paths are added to it: write {base}"
+            yield (
+                index,
+                f"url: expected the server's root, got {server.url!r}. Clients' paths are added to it: write {base}",
+            )
         if not 0 < server.weight < float("inf"):
             yield index, f"weight: expected a number above 0, got {server.weight!r}"
         if server.type is not None and server.type not in SERVER_TYPES:

@@ -1,7 +1,8 @@
 """Client connections: deadlines, and sockets that would be left behind.
 
-A connection that says nothing, or never ends its request, is closed; one that waits for an answer never is. mitmproxy leaks
-the socket of a client that is cut while its body arrives, until the garbage collector comes by: it is closed here.
+A connection that says nothing, or never ends its request, is closed; one that waits for an answer never is.
+mitmproxy leaks the socket of a client that is cut while its body arrives, until the garbage collector comes by: it
+is closed here.
 """
 
 import asyncio

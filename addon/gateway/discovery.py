@@ -1,16 +1,18 @@
-"""Asks servers what they are: their models (when the config leaves them out), whether they answer, whether they are llama.cpp.
+"""Asks servers what they are: their models (when the config leaves them out), whether they answer, whether they are
+llama.cpp.
 
-Only /v1/models is asked: it needs no slot and does not wake a sleeping llama-server.
+Only /v1/models is asked: it needs no slot and does not wake a sleeping llama-server. The asking is done in threads, what
+was told is noted on the event loop.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 
 import httpx
 import msgspec
 
+from gateway.config import Server as ServerConfig
 from gateway.routing import Router, Server
 
 log = logging.getLogger(__name__)
@@ -21,12 +23,52 @@ RETRY_S = 2.0
 REFRESH_S = 30.0
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What a server told. `problem`: why there is no list of models. None: not told."""
+
+    up: bool
+    type: str | None = None
+    models: tuple[str, ...] | None = None
+    problem: str | None = None
+
+
 class _Model(msgspec.Struct):
     id: str
 
 
 class _Models(msgspec.Struct):
     data: list[_Model] = []
+
+
+def ask(client: httpx.Client, server: ServerConfig) -> Told:
+    """GET /v1/models. Blocks up to TIMEOUT_S."""
+    headers = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    try:
+        response = client.get(f"{server.url.rstrip('/')}/v1/models", headers=headers)
+    except httpx.HTTPError as error:
+        return Told(up=False, problem=f"does not answer: {error or type(error).__name__}")
+    kind = "llama.cpp" if response.headers.get("server") == "llama.cpp" else "openai"
+    if response.status_code != 200:
+        return Told(up=True, type=kind, problem=f"answers /v1/models with HTTP {response.status_code}")
+    try:
+        models = msgspec.json.decode(response.content, type=_Models)
+    except msgspec.DecodeError as error:
+        return Told(up=True, type=kind, problem=f"tells its models in a way that is not understood: {error}")
+    return Told(up=True, type=kind, models=tuple(dict.fromkeys(model.id for model in models.data)))
+
+
+def note(server: Server, told: Told) -> None:
+    """Enter what was told. What the config says, and what was not told this time, stays as it was."""
+    wants_models = server.config.models is None
+    if told.problem and (server.up is not told.up) and (not told.up or wants_models):
+        log.warning("server %s %s", server.name, told.problem)
+    elif server.up is False:
+        log.warning("server %s answers again", server.name)
+    server.up = told.up
+    if server.config.type is None:
+        server.type = told.type or server.type
+    if wants_models and told.models is not None:
+        server.models = told.models
 
 
 class Discovery:
@@ -54,46 +96,19 @@ class Discovery:
                 log.warning("not all servers have told their models yet")
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
+        with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
             while True:
                 now = time.monotonic()
-                await self._ask_all(client, [server for server, due in self._due.items() if due <= now])
+                due = [server for server, due_at in self._due.items() if due_at <= now]
+                await asyncio.gather(*(self._ask(client, server) for server in due))
+                self._router.learn()
                 self._asked_once.set()
                 await asyncio.sleep(RETRY_S)
 
-    async def _ask_all(self, client: httpx.AsyncClient, servers: Sequence[Server]) -> None:
-        for server, result in zip(
-            servers, await asyncio.gather(*(ask(client, server) for server in servers), return_exceptions=True), strict=True
-        ):
-            if isinstance(result, Exception):
-                log.error("asking server %s failed: %r", server.name, result)
-            settled = server.up and server.models and server.type
-            self._due[server] = time.monotonic() + (REFRESH_S if settled else 0)
-        self._router.learn()
-
-
-async def ask(client: httpx.AsyncClient, server: Server) -> None:
-    """GET /v1/models, and note what it tells in `server`. What it does not tell stays as it was."""
-    key = server.config.api_key
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = await client.get(f"{server.config.url.rstrip('/')}/v1/models", headers=headers)
-    except httpx.HTTPError as error:
-        if server.up is not False:
-            log.warning("server %s does not answer: %s", server.name, error or type(error).__name__)
-        server.up = False
-        return
-    if server.up is False:
-        log.warning("server %s answers again", server.name)
-    server.up = True
-    if server.config.type is None:
-        server.type = "llama.cpp" if response.headers.get("server") == "llama.cpp" else "openai"
-    if server.config.models is None and response.status_code == 200:
+    async def _ask(self, client: httpx.Client, server: Server) -> None:
         try:
-            models = msgspec.json.decode(response.content, type=_Models)
-        except msgspec.DecodeError as error:
-            log.error("server %s: /v1/models is not understood: %s", server.name, error)
-        else:
-            server.models = tuple(dict.fromkeys(model.id for model in models.data))
-    elif server.config.models is None and response.status_code in (401, 403):
-        log.error("server %s refuses its api_key (HTTP %d)", server.name, response.status_code)
+            note(server, await asyncio.to_thread(ask, client, server.config))
+        except Exception:
+            log.exception("asking server %s failed", server.name)
+        known = server.up and server.models and server.type
+        self._due[server] = time.monotonic() + (REFRESH_S if known else 0)

@@ -1,4 +1,6 @@
-"""Paths: which are ours, and which of the servers' are not for plain keys. All others are proxied, known to us or not."""
+"""Paths: which are ours, and which of the servers' are not for plain keys. All others are proxied, known to us or
+not.
+"""
 
 import posixpath
 from urllib.parse import unquote
@@ -51,4 +53,6 @@ def is_private(path: str) -> bool:
 def is_reserved(path: str) -> bool:
     """Whether a path belongs to the gateway itself: never proxied, also where nothing answers it yet."""
     plain = canonical(path)
-    return plain in ("/health", "/v1/health", "/metrics", "/v1/usage", "/usage", "/admin") or plain.startswith("/admin/")
+    return plain in ("/health", "/v1/health", "/metrics", "/v1/usage", "/usage", "/admin") or plain.startswith(
+        "/admin/"
+    )

@@ -78,6 +78,7 @@ class Exchange:
     usage_asked: bool = False  # we asked the server for usage: strip it
     relay: Relay | None = None
     status: int | None = None
+    response_bytes: int = 0
     error_code: str | None = None
     outcome: str | None = None  # decided before the end: refused, unreachable
     cut_by: str | None = None  # "client" or "server": whose end of the connection broke first
@@ -98,18 +99,20 @@ class Exchange:
             self.claim.release()
 
     def body_for(self, server: Server, content_type: str) -> bytes:
-        """The body as `server` shall get it: the client's bytes, with the model's name and the wish for usage patched in."""
-        body, model = self.body, self.served_model
+        """The body as `server` shall get it: the client's bytes, with the model's name and the wish for usage
+        patched in.
+        """
+        body, model, asked = self.body, self.served_model, self.asked
         self.usage_asked = False
-        rename = model is not None and (self.fill_in_model or self.asked.model not in (None, model))
-        if content_type.lower().startswith("multipart/form-data"):
-            return wire.with_form_model(body, content_type, model) if rename and model else body
-        if rename and model and body:
-            body = wire.with_model(body, model)
+        if model is not None and (self.fill_in_model or asked.model not in (None, model)):
+            if asked.kind == "json":
+                body = wire.with_model(body, model)
+            elif asked.kind == "form":
+                body = wire.with_form_model(body, content_type, model)
         # llama.cpp's timings say it all; a server that we don't know yet is left alone.
-        if server.type == "openai" and self.asked.stream and self.endpoint in _USAGE_WHEN_ASKED:
-            self.usage_asked = not self.asked.include_usage
-            body = wire.with_usage_asked(body) if self.usage_asked else body
+        if server.type == "openai" and asked.stream and not asked.include_usage and self.endpoint in _USAGE_WHEN_ASKED:
+            self.usage_asked = True
+            body = wire.with_usage_asked(body)
         return body
 
     def final_outcome(self) -> str:
@@ -144,6 +147,7 @@ class Exchange:
             error_code=self.error_code,
             attempts=self.attempts,
             request_bytes=self.request_bytes,
+            response_bytes=self.response_bytes,
             client_request_id=self.client_request_id,
         )
         if now is not None:

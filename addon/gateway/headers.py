@@ -1,4 +1,6 @@
-"""Which headers go on. All do, but for those of one hop (RFC 9110 section 7.6.1), keys, and what would let a client meddle."""
+"""Which headers go on. All do, but for those of one hop (RFC 9110 section 7.6.1), keys, and what would let a
+client meddle.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,18 +9,47 @@ from gateway.auth import KEY_HEADERS
 Field = tuple[bytes, bytes]
 
 _HOP_BY_HOP = frozenset(
-    {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"upgrade"}
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"upgrade",
+    }
 )
-# X-Conversation-Id makes llama-server's streams readable and killable by others. Accept-Encoding is set by us: the meter
-# must be able to read the answer. Expect is mitmproxy's to answer.
+# X-Conversation-Id makes llama-server's streams readable and killable by others. Accept-Encoding is set by us: the
+# meter must be able to read the answer. Expect is mitmproxy's to answer.
 _NOT_FOR_SERVERS = frozenset(
-    {b"host", b"content-length", b"transfer-encoding", b"expect", b"accept-encoding", b"x-conversation-id", b"http2-settings"}
+    {
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"expect",
+        b"accept-encoding",
+        b"x-conversation-id",
+        b"http2-settings",
+    }
     | {name.encode() for name in KEY_HEADERS}
 )
 
 
 def _named_by_connection(fields: Iterable[Field]) -> set[bytes]:
-    return {token.strip().lower() for name, value in fields if name.lower() == b"connection" for token in value.split(b",")}
+    return {
+        token.strip().lower() for name, value in fields if name.lower() == b"connection" for token in value.split(b",")
+    }
+
+
+def keys_in(fields: tuple[Field, ...]) -> dict[str, list[str]]:
+    """The values of each header that may hold a key."""
+    found: dict[str, list[str]] = {}
+    for name, value in fields:
+        lower = name.decode("latin-1").lower()
+        if lower in KEY_HEADERS:
+            found.setdefault(lower, []).append(value.decode("utf-8", "surrogateescape"))
+    return found
 
 
 def to_server(fields: tuple[Field, ...], content_length: int | None, host: str, api_key: str) -> Iterator[Field]:

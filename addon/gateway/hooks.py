@@ -1,10 +1,11 @@
 """The addon: when things happen. What happens is in the modules below it.
 
-A request's way: `requestheaders` (who) -> `request` (what, where) -> `responseheaders` (choose the meter) -> the relay ->
-`answer_ends` (settle, before the client has the end) or `error` (settle what was cut) -> the row.
+A request's way: `requestheaders` (who) -> `request` (what, where) -> `responseheaders` (choose the meter) -> the
+relay -> `answer_ends` (settle, before the client has the end) or `error` (settle what was cut) -> the row.
 
-mitmproxy lets a request pass when a hook fails. Here it can't: the mode points at nowhere, only `_dispatch` gives a request
-a destination, and every hook stands behind a gate that refuses. Without a configured service everything is refused.
+mitmproxy lets a request pass when a hook fails. Here it can't: the mode points at nowhere, only `_dispatch` gives
+a request a destination, and every hook stands behind a gate that refuses. Without a configured service everything
+is refused.
 """
 
 import asyncio
@@ -21,7 +22,6 @@ from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 
 from gateway import config, headers, layers, startup
-from gateway.auth import KEY_HEADERS
 from gateway.connections import Connections
 from gateway.exchange import Exchange, utc_now, uuid7
 from gateway.relay import BodyMeter, Meter, Relay, StreamMeter, ends_with_mark
@@ -88,7 +88,9 @@ class Gateway:
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     def done(self) -> Any:
-        """Not `async def`: mitmproxy calls it synchronously when the script is reloaded. At the end it awaits what is returned."""
+        """Not `async def`: mitmproxy calls it synchronously when the script is reloaded. At the end it awaits what
+        is returned.
+        """
         if ctx.master.should_exit.is_set() and self.service:
             return self._drain(self.service)
         self._close()
@@ -100,7 +102,8 @@ class Gateway:
         self.connections.stop()
         if self.service:
             service, self.service = self.service, None
-            service.close()
+            # After a reload, requests still run that the next Gateway settles: they must not pass for a dead worker's.
+            service.close(still_running=bool(self._live))
 
     async def _drain(self, service: Service) -> None:
         """No new requests; running ones end, or are cut at `drain_s`, with their rows settled."""
@@ -118,7 +121,7 @@ class Gateway:
             if flow.killable:
                 flow.kill()
         await asyncio.sleep(0.1)  # last bytes leave the sockets' buffers
-        await asyncio.to_thread(self._close)
+        self._close()
 
     async def _sweep(self) -> None:
         """Requests whose server has not said a byte in time: their connection is closed, `upstream_failed` follows."""
@@ -162,7 +165,7 @@ class Gateway:
         self.connections.request_begins(flow)
         request = flow.request
         request.authority = ""  # a proxy's absolute target is no host of ours
-        path, _, query = request.path.partition("?")
+        path = request.path.partition("?")[0]
         service = self._ready_service()
         if not path.startswith("/"):
             raise Refusal(400, "invalid_request", "The request's target must be a path.")
@@ -173,8 +176,7 @@ class Gateway:
             return
         if self._draining:
             raise Refusal(503, "shutting_down", "The gateway is shutting down.", headers={"retry-after": "5"})
-        key_headers = {name: request.headers.get_all(name) for name in KEY_HEADERS}
-        caller = service.authenticator.authenticate(key_headers)
+        caller = service.authenticator.authenticate(headers.keys_in(request.headers.fields))
         exchange = Exchange(
             id=uuid7(),
             caller=caller,
@@ -253,7 +255,9 @@ class Gateway:
         exchange.outcome = "unreachable"
         if exchange.timed_out:
             raise Refusal(
-                504, "upstream_timeout", f"The server sent nothing within {service.config.first_byte_timeout_s:g} seconds."
+                504,
+                "upstream_timeout",
+                f"The server sent nothing within {service.config.first_byte_timeout_s:g} seconds.",
             )
         if exchange.connection_refused:
             server.up = False
@@ -304,7 +308,9 @@ class Gateway:
         is_stream = "event-stream" in fields.get("content-type", "")
         meter: Meter | None
         if fields.get("content-encoding", "identity").lower() != "identity":
-            log.warning("an answer of %s is compressed though we asked for none: it goes on unmetered", exchange.endpoint)
+            log.warning(
+                "an answer of %s is compressed though we asked for none: it goes on unmetered", exchange.endpoint
+            )
             meter = None
         elif is_stream:
             meter = StreamMeter(read, tally, strip=exchange.usage_asked)
@@ -336,8 +342,9 @@ class Gateway:
         if exchange is None or exchange.settled:
             return
         assert flow.response
-        if exchange.relay is None:
+        if exchange.relay is None:  # an answer of our own, or one without a body
             exchange.status = flow.response.status_code
+            exchange.response_bytes = len(flow.response.raw_content or b"")
         try:
             await self._settle(flow, exchange, exchange.final_outcome())
         except Exception:

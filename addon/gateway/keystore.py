@@ -1,7 +1,9 @@
-"""keys.db: who may come in. Keys are stored as SHA-256 only; a key is 256 random bits, so a slow hash would buy nothing.
+"""keys.db: who may come in. Keys are stored as SHA-256 only; a key is 256 random bits, so a slow hash would buy
+nothing.
 
-The file is created with mode 0600 and is never published. A running proxy reads it through `KeyReader`, which asks SQLite
-before each request whether anybody changed the file (`PRAGMA data_version`: microseconds), so that a change acts at once.
+The file is created with mode 0600 and is never published. A running proxy reads it through `KeyReader`, which asks
+SQLite before each request whether anybody changed the file (`PRAGMA data_version`: microseconds), so that a change
+acts at once.
 """
 
 import contextlib
@@ -29,6 +31,10 @@ class KeyProblem(Exception):
     """A key can't be made or changed; `str` says why, to a person."""
 
 
+class KeysUnavailable(Exception):
+    """keys.db can't be read. Nobody may come in until it can."""
+
+
 class Key(msgspec.Struct, frozen=True):
     """A key as it is kept: times are UTC ISO 8601, `models` are patterns (empty: all)."""
 
@@ -50,8 +56,8 @@ class Key(msgspec.Struct, frozen=True):
 def m001_keys(db: Database) -> None:
     # "autoincrement" keeps the ids of deleted keys from being given again: rows of `requests` go on naming them.
     db.execute(
-        "create table keys (id integer primary key autoincrement, name text not null unique, hash text not null unique, "
-        "hint text not null, created_at text not null, disabled integer not null default 0, expires_at text, "
+        "create table keys (id integer primary key autoincrement, "
+        "name text not null unique, hash text not null unique, hint text not null, created_at text not null, disabled integer not null default 0, expires_at text, "
         "models text not null default '[]')"
     )
 
@@ -65,7 +71,9 @@ def iso(moment: datetime) -> str:
 
 
 def parse_expiry(text: str, now: datetime) -> str:
-    """"90d", "12h", "2027-01-31" (valid through that day, UTC) or an ISO 8601 time -> UTC ISO 8601. Raises ValueError."""
+    """ "90d", "12h", "2027-01-31" (valid through that day, UTC) or an ISO 8601 time -> UTC ISO 8601. Raises
+    ValueError.
+    """
     relative = re.fullmatch(r"(\d{1,6})([dhm])", text)
     if relative:
         unit = {"d": "days", "h": "hours", "m": "minutes"}[relative[2]]
@@ -73,7 +81,9 @@ def parse_expiry(text: str, now: datetime) -> str:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"expected a date (2027-01-31), a time (2027-01-31T18:00Z) or 90d, 12h, 30m; got {text!r}") from None
+        raise ValueError(
+            f"expected a date (2027-01-31), a time (2027-01-31T18:00Z) or 90d, 12h, 30m; got {text!r}"
+        ) from None
     if "T" not in text and ":" not in text:
         moment += timedelta(days=1)
     return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
@@ -109,7 +119,9 @@ class KeyStore:
             with self._db.atomic():
                 self._db.table("keys").insert(row)
         except sqlite3.IntegrityError:
-            raise KeyProblem(f"there is a key named {name!r} already; revoke it, rotate it or choose another name") from None
+            raise KeyProblem(
+                f"there is a key named {name!r} already; revoke it, rotate it or choose another name"
+            ) from None
         return self.get(name), key
 
     def list(self) -> list[Key]:
@@ -160,21 +172,24 @@ class KeyReader:
         self._db.close()
 
     def find(self, key: str) -> Key | None:
-        """The record of a key. Raises OSError or sqlite3.Error when the file can't be read: then nobody may come in."""
-        self._refresh()
+        """The record of a key. Raises KeysUnavailable."""
+        try:
+            self._refresh()
+        except (OSError, sqlite3.Error, msgspec.DecodeError) as error:
+            self._seen = None
+            raise KeysUnavailable(str(error)) from error
         return self._keys.get(hash_key(key))
 
     def _refresh(self) -> None:
-        stat = os.stat(self._path)
-        (version,) = self._db.conn.execute("pragma data_version").fetchone()
-        if self._seen == (stat.st_dev, stat.st_ino, version):
-            return
-        if self._seen and self._seen[:2] != (stat.st_dev, stat.st_ino):  # replaced, say by a restored copy
+        stat = self._path.stat()
+        file = (stat.st_dev, stat.st_ino)
+        if self._seen is None or self._seen[:2] != file:  # replaced, say by a restored copy
             self._db.close()
             self._db = _open(self._path)
-            (version,) = self._db.conn.execute("pragma data_version").fetchone()
-        self._keys = {row["hash"]: _record(row) for row in self._db.query("select * from keys")}
-        self._seen = (stat.st_dev, stat.st_ino, version)
+        (version,) = self._db.conn.execute("pragma data_version").fetchone()
+        if self._seen != (*file, version):
+            self._keys = {row["hash"]: _record(row) for row in self._db.query("select * from keys")}
+            self._seen = (*file, version)
 
 
 def _open(path: Path) -> Database:
@@ -182,7 +197,7 @@ def _open(path: Path) -> Database:
     with one_at_a_time(path):
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        os.chmod(path, 0o600)
+        path.chmod(0o600)
         db = Database(sqlite3.connect(path, timeout=5, isolation_level=None))
         db.enable_wal()
         migrations.apply(db)
@@ -208,5 +223,3 @@ def _record(row: dict[str, Any]) -> Key:
         expires_at=row["expires_at"],
         models=tuple(msgspec.json.decode(row["models"], type=list[str])),
     )
-
-

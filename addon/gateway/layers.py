@@ -1,6 +1,7 @@
 """What mitmproxy's hooks can't do, as subclasses of its HTTP layers (pinned to 12.2; `next_layer` puts them in).
 
-- An upstream connection that is refused, or closes before the first byte of an answer, is no error yet: the addon is asked,
+- An upstream connection that is refused, or closes before the first byte of an answer, is no error yet: the addon
+is asked,
   and the same request may go out again. After a byte came back nothing is ever sent twice.
 - llama-server closes its connection after every streamed answer without saying so: such a connection is not used again.
 - The end of an answer waits until the addon has settled the request.
@@ -9,10 +10,12 @@
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mitmproxy import http
 from mitmproxy.connection import Connection, Server
+from mitmproxy.net.http.http1 import assemble_response
 from mitmproxy.net.tls import starts_like_tls_record
 from mitmproxy.proxy import commands, events, layer, tunnel
 from mitmproxy.proxy.layer import CommandGenerator, NextLayer
@@ -47,7 +50,9 @@ MAX_PIPELINED_BYTES = 1 << 20
 
 @dataclass
 class UpstreamFailedHook(commands.StartHook):
-    """No byte of an answer came. The addon sets `flow.response` (give up) or gives the request a destination (try again)."""
+    """No byte of an answer came. The addon sets `flow.response` (give up) or gives the request a destination (try
+    again).
+    """
 
     name = "upstream_failed"
     flow: http.HTTPFlow
@@ -212,7 +217,7 @@ class GatewayStream(HttpStream):
             if not (yield from self._settle(exchange)):
                 return
             yield from self._send_to_client(relay.finish())
-            if self.context.options.store_streamed_bodies:
+            if self._keeps_bodies:
                 self.flow.response.data.content = bytes(self.response_body_buf)
                 self.response_body_buf.clear()
             yield from self.send_response(already_streamed=True)
@@ -230,9 +235,14 @@ class GatewayStream(HttpStream):
 
     def _send_to_client(self, data: bytes) -> CommandGenerator[None]:
         if data:
-            if self.context.options.store_streamed_bodies:
+            if self._keeps_bodies:
                 self.response_body_buf += data
             yield SendHttp(ResponseData(self.stream_id, data), self.context.client)
+
+    @cached_property
+    def _keeps_bodies(self) -> bool:
+        """For mitmweb; looking an option up costs more than the rest of passing a chunk on."""
+        return bool(self.context.options.store_streamed_bodies)
 
     @property
     def _http(self) -> "GatewayLayer":
@@ -244,13 +254,13 @@ class GatewayStream(HttpStream):
 class BoundedHttp1Server(_http1.Http1Server):
     """mitmproxy's HTTP/1 server with bounds on what a client may make it keep."""
 
-    def read_headers(self, event: events.Event) -> CommandGenerator[None]:
-        if isinstance(event, events.DataReceived) and len(self.buf) > MAX_HEAD_BYTES:
-            if b"\r\n\r\n" not in bytes(self.buf)[:MAX_HEAD_BYTES]:
-                yield commands.SendData(self.conn, error_response(431, "The request's head is too large."))
-                yield commands.CloseConnection(self.conn)
-                self.state = self.done
-                return
+    def read_headers(self, event: events.ConnectionEvent) -> CommandGenerator[None]:
+        is_data = isinstance(event, events.DataReceived) and len(self.buf) > MAX_HEAD_BYTES
+        if is_data and b"\r\n\r\n" not in bytes(self.buf)[:MAX_HEAD_BYTES]:
+            yield commands.SendData(self.conn, error_response(431, "The request's head is too large."))
+            yield commands.CloseConnection(self.conn)
+            self.state = self.done
+            return
         yield from super().read_headers(event)
 
     def wait(self, event: events.Event) -> CommandGenerator[None]:
@@ -318,16 +328,18 @@ def install(next_layer: NextLayer) -> None:
         next_layer.layer = stack[0]
 
 
-def error_response(status: int, message: str = "") -> bytes:
+def error_response(status_code: int, message: str = "") -> bytes:
     """mitmproxy's own refusals (malformed requests) in our dialect instead of an HTML page."""
-    code = {413: "request_too_large", 431: "request_too_large", 502: "upstream_unreachable"}.get(status, "invalid_request")
-    reply = refuse(Refusal(status, code, message[:300]), "")
+    codes = {413: "request_too_large", 431: "request_too_large", 502: "upstream_unreachable"}
+    reply = refuse(Refusal(status_code, codes.get(status_code, "invalid_request"), message[:300]), "")
     response = http.Response.make(reply.status, reply.body, {**reply.headers, "Connection": "close"})
-    return _http1.http1.assemble_response(response)
+    return bytes(assemble_response(response))
 
 
 def speak_json() -> None:
-    """Have mitmproxy's HTTP/1 layer answer malformed requests with `error_response`. It looks the name up at each call."""
+    """Have mitmproxy's HTTP/1 layer answer malformed requests with `error_response`. It looks the name up at each
+    call.
+    """
     _http1.make_error_response = error_response
 
 

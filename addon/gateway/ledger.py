@@ -1,8 +1,8 @@
 """The only writer of usage.db: a thread that commits whatever waits as one transaction.
 
-A row is opened at admission and settled once; whoever settles awaits the commit, so that nobody sees the end of an answer
-whose row a crash could lose. When the disk fails, rows wait in memory, `healthy` turns false (requests are then refused
-rather than served unbooked), and writing is tried again until it works.
+A row is opened at admission and settled once; whoever settles awaits the commit, so that nobody sees the end of an
+answer whose row a crash could lose. When the disk fails, rows wait in memory, `healthy` turns false (requests are
+then refused rather than served unbooked), and writing is tried again until it works.
 """
 
 import asyncio
@@ -46,6 +46,7 @@ class Ledger:
         self.worker = uuid7()
         self.healthy = True
         self.rows_settled = 0
+        self._rollups = schema.rollup_statements()
         self._waiting: list[_Write] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -58,22 +59,25 @@ class Ledger:
 
     def open(self, row: Row) -> None:
         """Queue an open row. It is not waited for: the row's settlement carries everything again."""
-        self._put(_Write(row, None, None))
+        self._put(_Write(row))
 
     def settle(self, row: Row) -> "asyncio.Future[None]":
         """Queue a final row. The future is done once it is committed."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._put(_Write(row, loop, future))
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._put(_Write(row, future))
         return future
 
-    def close(self) -> None:
-        """Write what waits and stop. Rows that can't be written within a few retries are logged: they are lost."""
+    def close(self, *, keep_lock: bool = False) -> None:
+        """Write what waits and stop. Rows that can't be written within a few retries are logged: they are lost.
+
+        `keep_lock`: open rows of this worker are still somebody's to settle, for as long as the process lives.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout=10)
-        self._lock.release()
+        if not keep_lock:
+            self._lock.release()
 
     def _put(self, write: "_Write") -> None:
         with self._wake:
@@ -114,15 +118,14 @@ class Ledger:
         except Exception:
             if len(batch) == 1:
                 log.critical("LOST: a row can't be written: %s", batch[0].row, exc_info=True)
-                batch[0].fail()
+                _tell([batch[0].future], lambda future: future.set_exception(OSError("the row can't be written")))
                 return True
             log.exception("a batch of rows can't be written; trying them one by one")
             return self._write_singly(batch)
         if not self.healthy:
             log.warning("usage.db can be written again")
         self.healthy = True
-        for write in batch:
-            write.done()
+        _tell([write.future for write in batch], lambda future: future.set_result(None))
         return True
 
     def _write_singly(self, batch: "list[_Write]") -> bool:
@@ -135,10 +138,10 @@ class Ledger:
         return True
 
     def _commit(self, batch: "list[_Write]") -> None:
-        settled = {write.row.id for write in batch if write.is_final}
+        settled = {write.row.id for write in batch if write.future}
         with self._db.atomic():
             for write in batch:
-                if write.is_final:
+                if write.future:
                     self._settle(write.row)
                 elif write.row.id not in settled:
                     self._db.conn.execute(_INSERT, msgspec.structs.asdict(write.row))
@@ -150,7 +153,7 @@ class Ledger:
             log.error("the request %s was settled twice; the first one stands", row.id)
             return
         values["ttft_upto_ms"] = schema.ttft_bucket(row.ttft_ms) if row.ttft_ms is not None else None
-        for statement in schema.rollup_statements():
+        for statement in self._rollups:
             self._db.conn.execute(statement, values)
         self.rows_settled += 1
 
@@ -176,25 +179,24 @@ class Ledger:
 
 
 class _Write(msgspec.Struct, frozen=True):
+    """A row to be written; `future`, of a final row, is done when it is."""
+
     row: Row
-    loop: asyncio.AbstractEventLoop | None
-    future: "asyncio.Future[None] | None"
+    future: "asyncio.Future[None] | None" = None
 
-    @property
-    def is_final(self) -> bool:
-        return self.future is not None
 
-    def done(self) -> None:
-        self._tell(lambda future: future.set_result(None))
+def _tell(futures: "list[asyncio.Future[None] | None]", result: "Callable[[asyncio.Future[None]], None]") -> None:
+    """Finish futures on their event loop: it is woken once for a whole batch."""
+    waited_for = [future for future in futures if future]
 
-    def fail(self) -> None:
-        self._tell(lambda future: future.set_exception(OSError("the row can't be written")))
+    def finish() -> None:
+        for future in waited_for:
+            if not future.done():
+                result(future)
 
-    def _tell(self, result: "Callable[[asyncio.Future[None]], None]") -> None:
-        loop, future = self.loop, self.future
-        if loop and future:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-                loop.call_soon_threadsafe(lambda: None if future.done() else result(future))
+    if waited_for:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            waited_for[0].get_loop().call_soon_threadsafe(finish)
 
 
 class _WorkerLock:
@@ -207,7 +209,7 @@ class _WorkerLock:
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def is_dead(self, worker: str) -> bool:
-        path = self._path.parent / os.path.basename(worker or "-")
+        path = self._path.parent / Path(worker or "-").name
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -241,7 +243,7 @@ def _open(path: Path) -> Database:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        stat = os.stat(path)
+        stat = path.stat()
     except FileNotFoundError:
         return None
     return stat.st_dev, stat.st_ino

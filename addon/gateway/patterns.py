@@ -1,4 +1,6 @@
-"""Names of models as config and keys write them: exact, with wildcards (* and ?), or /a regular expression/, anchored."""
+"""Names of models as config and keys write them: exact, with wildcards (* and ?), or /a regular expression/,
+anchored.
+"""
 
 import re
 

@@ -1,7 +1,8 @@
 """The way of an answer's bytes to the client: passed on as they are, while a meter looks on.
 
-A relay never raises and never changes a byte, with one exception: when we asked the server for usage that the client did not
-ask for, a `UsageStripper` takes out what came of that. A fault in the meter stops the meter, never the stream.
+A relay never raises and never changes a byte, with one exception: when we asked the server for usage that the
+client did not ask for, a `UsageStripper` takes out what came of that. A fault in the meter stops the meter, never
+the stream.
 """
 
 import logging
@@ -87,9 +88,9 @@ class BodyMeter:
 class Relay:
     """Takes each piece of an answer, gives back what the client shall get of it, and tells when the end has come.
 
-    A client takes an answer for complete when it has its last event, or as many bytes as the Content-Length said. Neither
-    may reach it before the row is on disk: `ended` turns true with the piece that holds the last event, and the piece that
-    fills the Content-Length is kept until `finish`.
+    A client takes an answer for complete when it has its last event, or as many bytes as the Content-Length said.
+    Neither may reach it before the row is on disk: `ended` turns true with the piece that holds the last event,
+    and the piece that fills the Content-Length is kept until `finish`.
     """
 
     def __init__(
@@ -112,6 +113,13 @@ class Relay:
         self._left = content_length
         self._kept = b""
         self._has_mark = has_mark and meter is not None
+
+    def __call__(self, data: bytes) -> list[bytes]:
+        """mitmproxy's own way to call a stream, used where our layers are not in place. b"" is the end."""
+        if not data:
+            self.close()
+        passed = self.feed(data) if data else self.finish()
+        return [passed] if passed else []
 
     @property
     def ended(self) -> bool:

@@ -13,7 +13,13 @@ class Refusal(Exception):
     """
 
     def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status

@@ -112,7 +112,9 @@ class Router:
                 if pattern.matches(asked):
                     return model
         if not models:
-            raise Refusal(503, "no_server_available", "No server has told its models yet.", headers={"retry-after": "5"})
+            raise Refusal(
+                503, "no_server_available", "No server has told its models yet.", headers={"retry-after": "5"}
+            )
         raise Refusal(404, "model_not_found", f"There is no model {asked[:200]!r} here.", param="model")
 
     def _resolve_missing(self) -> str | None:
@@ -121,7 +123,10 @@ class Router:
         models = self.models()
         if len(models) > 1:
             raise Refusal(
-                404, "model_not_found", "The request names no model, and there are several to choose from.", param="model"
+                404,
+                "model_not_found",
+                "The request names no model, and there are several to choose from.",
+                param="model",
             )
         return next(iter(models), None)
 
@@ -144,5 +149,7 @@ class Router:
         left = [server for server in servers if server not in tried]
         candidates = [server for server in left if server.up is not False] or left
         if not candidates:
-            raise Refusal(503, "no_server_available", "No server is available for this model.", headers={"retry-after": "5"})
+            raise Refusal(
+                503, "no_server_available", "No server is available for this model.", headers={"retry-after": "5"}
+            )
         return Claim(self._strategy(candidates))

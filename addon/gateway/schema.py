@@ -35,7 +35,10 @@ ROLLUP_SUMS = {
 _REAL = {"predicted_ms", "prompt_ms", "duration_ms"}
 
 # Roll-up table -> its period, cut from started_at (2026-11-21T09:30:00.000Z).
-ROLLUPS = {"usage_hourly": ("hour", "substr(:started_at, 1, 13) || ':00Z'"), "usage_daily": ("day", "substr(:started_at, 1, 10)")}
+ROLLUPS = {
+    "usage_hourly": ("hour", "substr(:started_at, 1, 13) || ':00Z'"),
+    "usage_daily": ("day", "substr(:started_at, 1, 10)"),
+}
 
 
 @usage()
@@ -97,17 +100,20 @@ def m003_ttft(db: Database) -> None:
 
 @usage()
 def m004_running(db: Database) -> None:
-    """What runs now, the oldest first."""
+    """What runs now, the oldest first. The plus keeps SQLite from reading all of started_at's index for the order."""
     db.execute(
         "create view running as select id, started_at, "
-        "round((julianday('now') - julianday(started_at)) * 86400, 1) as running_s, key_name, model, served_model, server, "
-        "endpoint, stream, attempts, request_bytes from requests where outcome = 'open' order by +started_at"  # the plus: requests_open, not started_at's index, finds them
+        "round((julianday('now') - julianday(started_at)) * 86400, 1) as running_s, "
+        "key_name, model, served_model, server, endpoint, stream, attempts, request_bytes "
+        "from requests where outcome = 'open' order by +started_at"
     )
 
 
 def rollup_statements() -> list[str]:
     """SQL, bound to one settled row of `requests` by name, that adds it to every roll-up."""
-    keys = f"ifnull(:key_id, 0), ifnull(:key_name, '{NONE}'), ifnull(:served_model, '{NONE}'), ifnull(:server, '{NONE}')"
+    keys = (
+        f"ifnull(:key_id, 0), ifnull(:key_name, '{NONE}'), ifnull(:served_model, '{NONE}'), ifnull(:server, '{NONE}')"
+    )
     statements = []
     for table, (period, cut) in ROLLUPS.items():
         adds = ", ".join(f"{name} = {name} + excluded.{name}" for name in ROLLUP_SUMS)

@@ -30,9 +30,10 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._addresses = {(server.host, server.port) for server in self.router.servers}
 
-    def close(self) -> None:
+    def close(self, *, still_running: bool = False) -> None:
+        """`still_running`: requests of this process go on, and another service settles them."""
         self.discovery.stop()
-        self.ledger.close()
+        self.ledger.close(keep_lock=still_running)
         self._keys.close()
 
     def is_server(self, address: Any) -> bool:
@@ -43,10 +44,14 @@ class Service:
         self._outcomes[outcome] += 1
 
     def too_large(self) -> Refusal:
-        return Refusal(413, "request_too_large", f"The request body is over {self.config.max_body_mb:g} MB.", param="body")
+        return Refusal(
+            413, "request_too_large", f"The request body is over {self.config.max_body_mb:g} MB.", param="body"
+        )
 
     def read(self, endpoint: str, body: bytes, content_type: str) -> Asked:
-        """What a body asks for. Bodies of paths that we know must be readable; others may be anything. Raises Refusal."""
+        """What a body asks for. Bodies of paths that we know must be readable; others may be anything. Raises
+        Refusal.
+        """
         if content_type.lower().startswith("multipart/form-data"):
             return wire.read_multipart(body, content_type)
         looks_like_json = body.lstrip(b" \t\r\n").startswith(b"{")
@@ -75,7 +80,9 @@ class Service:
         if endpoints.is_reserved(path):
             raise Refusal(404, "not_found", f"There is nothing at {path[:200]}.")
         if endpoints.is_private(path):
-            raise Refusal(403, "endpoint_not_allowed", f"{path[:200]} belongs to all users of a server and is not open to keys.")
+            raise Refusal(
+                403, "endpoint_not_allowed", f"{path[:200]} belongs to all users of a server and is not open to keys."
+            )
         return None
 
     def choose(self, exchange: Exchange) -> None:
@@ -83,9 +90,13 @@ class Service:
         asked = exchange.asked.model
         model = self.router.resolve(asked)
         if model is not None and not exchange.caller.may_use(asked if asked is not None else model, model):
-            raise Refusal(403, "model_not_allowed", f"This API key may not use {(asked or model)[:200]!r}.", param="model")
+            raise Refusal(
+                403, "model_not_allowed", f"This API key may not use {(asked or model)[:200]!r}.", param="model"
+            )
         if not self.ledger.healthy:
-            raise Refusal(503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"})
+            raise Refusal(
+                503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"}
+            )
         exchange.served_model = model
         exchange.fill_in_model = asked is None and self.config.default_model is not None
         exchange.claim = self.router.pick(model)
@@ -107,11 +118,18 @@ class Service:
 
     def _metrics(self) -> str:
         lines = ["# TYPE llmproxy_requests_total counter"]
-        lines += [f'llmproxy_requests_total{{outcome="{name}"}} {count}' for name, count in sorted(self._outcomes.items())]
+        lines += [
+            f'llmproxy_requests_total{{outcome="{name}"}} {count}' for name, count in sorted(self._outcomes.items())
+        ]
         lines.append("# TYPE llmproxy_running gauge")
-        lines += [f"llmproxy_running{{server={_label(server.name)}}} {server.running}" for server in self.router.servers]
+        lines += [
+            f"llmproxy_running{{server={_label(server.name)}}} {server.running}" for server in self.router.servers
+        ]
         lines.append("# TYPE llmproxy_server_up gauge")
-        lines += [f"llmproxy_server_up{{server={_label(server.name)}}} {int(server.up is True)}" for server in self.router.servers]
+        lines += [
+            f"llmproxy_server_up{{server={_label(server.name)}}} {int(server.up is True)}"
+            for server in self.router.servers
+        ]
         lines.append("# TYPE llmproxy_ledger_healthy gauge")
         lines.append(f"llmproxy_ledger_healthy {int(self.ledger.healthy)}")
         return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Bytes of an event stream -> its events, as the HTML standard has them, bounded and without I/O.
 
-Line ends are LF, CRLF or CR and nothing else (no splitting at U+2028); `data` and `data:` without a space count; several data
-lines are one event; a line that starts with a colon is a comment. https://html.spec.whatwg.org/multipage/server-sent-events.html
+Line ends are LF, CRLF or CR and nothing else (no splitting at U+2028); `data` and `data:` without a space count;
+several data lines are one event; a line that starts with a colon is a comment.
+https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 import re
@@ -17,7 +18,9 @@ _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """What stands between two blank lines: the exact bytes, and the event in them (`data` is None when there is none)."""
+    """What stands between two blank lines: the exact bytes, and the event in them (`data` is None when there is
+    none).
+    """
 
     raw: bytes
     data: bytes | None
@@ -25,7 +28,9 @@ class Block(msgspec.Struct, frozen=True, gc=False):
 
 
 class EventReader:
-    """Feed it bytes as they come; it returns each block once its blank line is there. `b"".join(raw)` is what was fed."""
+    """Feed it bytes as they come; it returns each block once its blank line is there. `b"".join(raw)` is what was
+    fed.
+    """
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max = max_event_bytes

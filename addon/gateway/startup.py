@@ -11,14 +11,16 @@ from mitmproxy.proxy import mode_specs
 
 from gateway import layers
 from gateway.config import Config
+from gateway.dispatch import Dispatch
 
 log = logging.getLogger(__name__)
 
 # Where requests go that nobody gave a destination: a name that is reserved to never exist (RFC 6761).
 NOWHERE = "reverse:http://no-route.invalid"
 
-# Default addons that a gateway does not need, and the option that asks for each all the same. Dispatching every event to
-# some forty addons is half of mitmproxy's cost per request. Only under mitmdump: mitmweb and mitmproxy show what they do.
+# Default addons that a gateway does not need, and the option that asks for each all the same. Dispatching every
+# event to some forty addons is half of mitmproxy's cost per request. Only under mitmdump: mitmweb and mitmproxy
+# show what they do.
 UNNEEDED = {
     "anticache": "anticache",
     "anticomp": "anticomp",
@@ -79,7 +81,8 @@ def set_options(config: Config) -> None:
         rawtcp=False,
         websocket=False,
         block_global=False,
-        body_size_limit=None,  # ours is max_body_mb, answered in the client's dialect; mitmproxy's would cut answers, too
+        # Ours is max_body_mb, answered in the client's dialect; mitmproxy's would cut answers, too.
+        body_size_limit=None,
         stream_large_bodies=None,
         # Silence on a client's connection while a server thinks. First bytes have a deadline of their own.
         tcp_timeout=max(86400, int(config.first_byte_timeout_s) * 2),
@@ -95,9 +98,12 @@ def trim_addons() -> None:
 def _trim() -> None:
     for name, option in UNNEEDED.items():
         addon = ctx.master.addons.get(name)
-        wanted = ctx.options.flow_detail > QUIET_FLOW_DETAIL if name == "dumper" else option and getattr(ctx.options, option)
+        wanted = (
+            ctx.options.flow_detail > QUIET_FLOW_DETAIL if name == "dumper" else option and getattr(ctx.options, option)
+        )
         if addon and not wanted:
             ctx.master.addons.remove(addon)
+    Dispatch(ctx.master.addons).install()
 
 
 def listen(config: Config) -> None:

@@ -1,7 +1,7 @@
 """What is known of one answer's tokens, while it comes and when it has ended.
 
-Servers speak of the whole answer, of one choice at its end, or of one choice on the way; a tally keeps these apart, so that
-nothing is counted twice and nothing is lost when an answer is cut. What nobody reported is None.
+Servers speak of the whole answer, of one choice at its end, or of one choice on the way; a tally keeps these
+apart, so that nothing is counted twice and nothing is lost when an answer is cut. What nobody reported is None.
 """
 
 from collections.abc import Iterable
@@ -69,7 +69,9 @@ class Tally:
         )
 
     def report(self, tokens: Tokens, source: str, choice: int | None, final: bool) -> None:
-        """Book what the server said: of the whole answer (`choice` None), or of one choice, at its end or on the way."""
+        """Book what the server said: of the whole answer (`choice` None), or of one choice, at its end or on the
+        way.
+        """
         if self.source != "usage":
             self.source = source
         if choice is None:

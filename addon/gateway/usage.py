@@ -1,7 +1,7 @@
 """What an answer says about its tokens: one function per format, one table of endpoints.
 
-A format reads one JSON document (a stream's event or a whole answer) into a `Tally`. Formats know no HTTP and no SSE framing.
-Adding one: a function `read_x(tally, name, data)`, a line in FORMATS, a row in the test table.
+A format reads one JSON document (a stream's event or a whole answer) into a `Tally`. Formats know no HTTP and no
+SSE framing. Adding one: a function `read_x(tally, name, data)`, a line in FORMATS, a row in the test table.
 """
 
 from collections.abc import Callable
@@ -89,8 +89,9 @@ _chunk = msgspec.json.Decoder(_Chunk)
 def read_openai(tally: Tally, name: bytes, data: bytes) -> None:
     """/v1/chat/completions, /v1/completions, embeddings, rerank: OpenAI's, vLLM's and llama.cpp's shapes.
 
-    llama.cpp says `timings` where a choice ends, without usage unless asked; with several choices each of them has its own,
-    and usage then counts one choice only. Others send one usage for the whole answer, or a running one in every chunk.
+    llama.cpp says `timings` where a choice ends, without usage unless asked; with several choices each of them has
+    its own, and usage then counts one choice only. Others send one usage for the whole answer, or a running one in
+    every chunk.
     """
     if data == b"[DONE]":
         tally.done = True

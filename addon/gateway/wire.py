@@ -1,21 +1,26 @@
-"""A request's body <-> what we need of it: the model, whether it streams. Everything else in it stays as it is, to the byte.
+"""A request's body <-> what we need of it: the model, whether it streams. Everything else in it stays as it is, to
+the byte.
 
-Bodies are read with typed structs (half a megabyte of prompt costs a fraction of a millisecond) and changed by replacing
-the bytes of one value. Nothing here knows HTTP beyond a content type.
+Bodies are read with typed structs (half a megabyte of prompt costs a fraction of a millisecond) and changed by
+replacing the bytes of one value. Nothing here knows HTTP beyond a content type.
 """
 
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from gateway.replies import Refusal
 
-class Asked(msgspec.Struct, frozen=True):
-    """What a request asks for. `model` None: not said. `prompts` and `answers`: how many at once (native and OpenAI's n)."""
 
+class Asked(msgspec.Struct, frozen=True):
+    """What a request asks for. `model` None: not said. `prompts` and `answers`: how many at once (native and
+    OpenAI's n).
+    """
+
+    kind: Literal["json", "form", "other"] = "other"
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
@@ -48,6 +53,7 @@ def read_json(body: bytes) -> Asked:
     options = said.stream_options if isinstance(said.stream_options, dict) else {}
     prompts = _count_prompts(bytes(said.prompt))
     return Asked(
+        kind="json",
         model=said.model,
         stream=said.stream is True,
         include_usage=options.get("include_usage") is True,
@@ -69,17 +75,20 @@ def _count_prompts(prompt: bytes) -> int:
 
 
 def read_multipart(body: bytes, content_type: str) -> Asked:
-    """Read a multipart/form-data body (audio): the model is a form field. Raises Refusal (400) when it can't be read."""
+    """Read a multipart/form-data body (audio): the model is a form field. Raises Refusal (400) when it can't be
+    read.
+    """
     model = _form_field(body, content_type, "model")
     stream = _form_field(body, content_type, "stream")
     return Asked(
+        kind="form",
         model=model.value if model else None,
         stream=stream is not None and stream.value.lower() in ("true", "1"),
     )
 
 
 class Member(NamedTuple):
-    """A member of a JSON object: where its key begins, where its value begins and ends, and its key, as in the bytes."""
+    """A member of a JSON object: where its key and its value begin, where its value ends, and the key's bytes."""
 
     key_at: int
     value_at: int
@@ -126,7 +135,9 @@ def _named(body: bytes, name: str) -> list[Member]:
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """The JSON body with its model's name replaced: each of them, should the key be repeated; put first, should it lack."""
+    """The JSON body with its model's name replaced: each of them, if the key is repeated; put first, if there is
+    none.
+    """
     return _with_value(body, "model", msgspec.json.encode(model))
 
 
@@ -156,7 +167,9 @@ class _UsageChunk(msgspec.Struct):
 
 
 def without_null_usage(raw: bytes, data: bytes) -> bytes:
-    """An event's bytes without what include_usage brought: all of the usage chunk, or the `"usage":null` in the others."""
+    """An event's bytes without what include_usage brought: the usage chunk is gone, so is `"usage":null` in the
+    others.
+    """
     chunk = msgspec.json.decode(data, type=_UsageChunk)
     if chunk.usage is not None:
         return b"" if not chunk.choices else raw

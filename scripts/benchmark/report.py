@@ -27,7 +27,8 @@ class Row:
 
 
 def rows(findings: Findings) -> list[Row]:
-    measured = [_row(findings, measure) for measure in MEASURES if measure.phase in findings.results]
+    measures = [measure for measure in MEASURES if measure.section in findings.sections]
+    measured = [_row(findings, measure) for measure in measures if measure.phase in findings.results]
     if findings.sustained:
         sustained: dict[str, list[float]] = {name: [count] for name, count in findings.sustained.items()}
         label = f"streams of {PACE_PER_S} chunks/s sustained"

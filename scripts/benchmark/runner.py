@@ -43,6 +43,7 @@ QUICK = Effort(rounds=1, time_factor=0.3, levels=(50, 100), requests_before=200,
 class Findings:
     """Everything measured, by gateway."""
 
+    sections: frozenset[Section]
     results: dict[str, dict[str, list[Result]]] = field(default_factory=dict)  # phase -> gateway -> one per round
     sustained: dict[str, int] = field(default_factory=dict)
     sustains_more: set[str] = field(default_factory=set)  # held the highest level that was tried
@@ -93,13 +94,12 @@ class Load:
 class Runner:
     load: Load
     effort: Effort
-    sections: frozenset[Section]
     findings: Findings
     say: Callable[[str], None]
 
     def rounds(self, gateways: Sequence[Gateway]) -> None:
         """Fills in the results of all phases, without what the gateways' processes use when idle."""
-        wanted = {measure.phase for measure in MEASURES if measure.section in self.sections}
+        wanted = {measure.phase for measure in MEASURES if measure.section in self.findings.sections}
         idle = {gateway.name: self._idle_cpu_share(gateway) for gateway in gateways}
         self.findings.idle_cpu_share.update(idle)
         for number in range(1, self.effort.rounds + 1):
