@@ -7,7 +7,6 @@ import asyncio
 import functools
 import sys
 from asyncio import AbstractEventLoop
-from collections.abc import Coroutine
 from typing import Any
 
 from mitmproxy.tools.main import mitmdump
@@ -21,9 +20,7 @@ except ImportError:  # not made for every platform; asyncio's own loop does the 
 BACKLOG = 1024
 
 
-def eager_task(
-    loop: AbstractEventLoop, coro: Coroutine[Any, Any, Any], *, eager_start: bool | None = None, **kwargs: Any
-) -> asyncio.Task[Any]:
+def eager_task(loop: AbstractEventLoop, coro: Any, *, eager_start: bool | None = None, **kwargs: Any) -> Any:
     """uvloop 0.23 hands eager_start to every task factory, but asyncio's own takes it only from Python 3.13.3 on."""
     return asyncio.eager_task_factory(loop, coro, **kwargs)
 
@@ -37,7 +34,7 @@ class Loop(BaseLoop):
 
     def get_task_factory(self) -> Any:
         """What was set: anyio's task groups look for asyncio's own factory, and break when they miss it."""
-        factory = super().get_task_factory()
+        factory: Any = super().get_task_factory()
         return asyncio.eager_task_factory if factory is eager_task else factory
 
     async def create_server(self, *args: Any, **kwargs: Any) -> Any:

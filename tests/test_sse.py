@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.sse import Block, EventReader, starts_event
@@ -96,6 +96,7 @@ def test_events_however_the_bytes_come(stream: bytes, expected: list[Event]) -> 
 PARTS = ["data: x", "data:", "data", "event: e", ":c", "id: 1", "", "\r", "\n", "\r\n", "\n\n", "\r\n\r\n", "\r\r", "\ufeff", "é"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(PARTS)).map(lambda parts: "".join(parts).encode()), st.lists(st.integers(0, 60), max_size=9)
 )

@@ -81,6 +81,7 @@ class Gateway:
     def running(self) -> None:
         if self.service is None:
             return
+        startup.survive_hangup()
         startup.trim_addons()
         startup.listen(self.service.config)
         self.service.discovery.start()

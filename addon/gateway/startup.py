@@ -120,6 +120,15 @@ async def _listen(mode: str) -> None:
         asyncio.get_running_loop().call_soon(sys.exit, 1)
 
 
+def survive_hangup() -> None:
+    """SIGHUP is for reloading a config, and would end the process by default."""
+
+    def not_yet() -> None:
+        log.warning("SIGHUP: a changed config takes a restart")
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, not_yet)
+
+
 def stop_listening() -> None:
     ctx.options.update(server=False)
 
