@@ -24,13 +24,13 @@ START_S = 30.0
 DRAW_MS = 30_000
 WIDTH, HEIGHT = 1280, 900
 
-# Picture -> the page, and whether all of it is taken or what fits the window.
+# Picture -> the page, taken from top to bottom.
 PAGES = {
-    "dashboard": ("/-/dashboards/usage?period=30+days", True),
-    "last-48-hours": ("/-/dashboards/now", True),
-    "requests": ("/usage/requests", False),
-    "one-user": ("/usage/requests?key_name=alice&_facet=served_model&_facet=server", False),
-    "bill": ("/usage/bill", False),
+    "dashboard": "/-/dashboards/usage?period=30+days",
+    "last-48-hours": "/-/dashboards/now",
+    "requests": "/usage/requests?_size=10",
+    "one-user": "/usage/requests?key_name=alice&_facet=served_model&_facet=server&_size=10",
+    "bill": "/usage/bill",
 }
 
 # Every card of a dashboard holds its chart, number or text; at once true on any other page.
@@ -71,21 +71,21 @@ def open_page(browser: Browser | BrowserContext, url: str) -> Page:
     return page
 
 
-def take(browser: Browser, url: str, picture: Path, *, whole: bool, runs: int) -> list[float]:
+def take(browser: Browser, url: str, picture: Path, runs: int) -> list[float]:
     """Open the page so many times, each with an empty cache. Keeps the last picture; gives seconds until drawn."""
     seconds = []
     for _ in range(runs):
         began = time.monotonic()
         page = open_page(browser, url)
         seconds.append(time.monotonic() - began)
-        page.screenshot(path=picture, full_page=whole)
+        page.screenshot(path=picture, full_page=True)
         page.close()
     return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take the README's pictures.")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the pictures (docs)")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "pictures", help="folder for the pictures")
     parser.add_argument("--rows", type=int, default=200_000, help="how many requests to invent (200000)")
     parser.add_argument("--db", type=Path, help="a usage.db to show instead of invented requests")
     parser.add_argument("--runs", type=int, default=3, help="how often each page is opened (3)")
@@ -101,8 +101,8 @@ def main() -> None:
         quiet = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=path, args=quiet)
         with serve(usage_db) as url:
-            for name, (where, whole) in PAGES.items():
-                seconds = take(browser, url + where, given.out / f"{name}.png", whole=whole, runs=given.runs)
+            for name, where in PAGES.items():
+                seconds = take(browser, url + where, given.out / f"{name}.png", given.runs)
                 print(f"{name:14} {' '.join(f'{s:.2f}' for s in seconds)} s")
         browser.close()
 

@@ -13,7 +13,17 @@ from supervisor import POLL_S, READY_WITHIN_S, Child, Command, StartFailedError,
 ROOT = Path(__file__).resolve().parent.parent
 
 # What the published dashboard may do and for how long. datasette-metadata.json says what it shows.
-DATASETTE_ARGS: tuple[str, ...] = ()
+DATASETTE_ARGS: tuple[str, ...] = (
+    *("--setting", "default_allow_sql", "on"),  # the charts ask through the SQL endpoint; connections are read-only
+    *("--setting", "sql_time_limit_ms", "3000"),  # a query without end must not eat the proxy's CPU
+    *("--setting", "facet_time_limit_ms", "1000"),
+    *("--setting", "suggest_facets", "off"),  # 27 trial queries on each table page; the useful facets are named
+    *("--setting", "max_returned_rows", "5000"),  # a year of days for each of the largest users fits a chart
+    *("--setting", "default_page_size", "50"),
+    *("--setting", "num_sql_threads", "3"),
+    *("--setting", "allow_download", "off"),
+    *("--setting", "default_cache_ttl", "0"),  # a reload shows what is true now
+)
 
 # Beyond drain_s, for a worker to write its last rows and go.
 DRAIN_MARGIN_S = 10.0

@@ -6,17 +6,18 @@ and none sees the end of an answer whose row is not on disk.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from proxy import ROOT, Key, Proxy
+from proxy import ROOT, Key, Proxy, Row, free_port
 from upstream import CLOSE, OK, STALL, Request, Steps, Upstream, stream
 from waiting import eventually
 
@@ -69,9 +70,13 @@ from gateway.hooks import Gateway
 addons = [Gateway()]
 """
 
-HANG_S = 8
+HANG_S = 4  # a client that waits for longer on a scripted server hangs
+PROBES = 20
 EVENTS = [
-    *(f'data: {{"choices":[{{"index":0,"delta":{{"content":"{word}"}},"finish_reason":null}}]}}\n\n' for word in "abcd"),
+    *(
+        f'data: {{"choices":[{{"index":0,"delta":{{"content":"{word}"}},"finish_reason":null}}]}}\n\n'
+        for word in "abcd"
+    ),
     'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],'
     '"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}\n\n',
     "data: [DONE]\n\n",
@@ -139,7 +144,7 @@ CASES = [
     Case("service:Service.answer", REFUSED, REFUSED),
     Case("service:Service.choose", REFUSED, REFUSED),
     Case("service:Service.is_server", "200", "200"),
-    Case("service:Service.count", "cut", "cut"),
+    Case("service:Service.count", "200", "200"),
     Case("service:Service.pick_again", REFUSED, REFUSED, how="close"),
     Case("wire:read_json", REFUSED, REFUSED),
     Case("wire:with_model", REFUSED, REFUSED),
@@ -163,7 +168,7 @@ CASES = [
     # the meter: the answer goes on
     Case("hooks:format_of", "200 unmetered", "200 unmetered"),
     Case("relay:StreamMeter.feed", "200", "200 unmetered"),
-    Case("relay:StreamMeter.feed", "200", "200 partly", call=2),
+    Case("relay:StreamMeter.feed", "200", "200 counted", call=2),
     Case("relay:StreamMeter.end", "200", "200"),
     Case("relay:BodyMeter.feed", "200 unmetered", "200"),
     Case("relay:BodyMeter.end", "200 unmetered", "200"),
@@ -171,7 +176,7 @@ CASES = [
     Case("sse:EventReader.end", "200", "200"),
     Case("sse:starts_event", "200 unmetered", "200 unmetered"),
     Case("usage:_read_choices", "200 unmetered", "200 unmetered"),
-    Case("tally:Tally.report", "200 unmetered", "200 unmetered"),
+    Case("tally:Tally.report", "200 unmetered", "200 counted"),
     Case("tally:Tally.tokens", "cut", "cut"),
     Case("relay:Relay.feed", "cut", "cut"),
     Case("relay:Relay.feed", "200", "cut", call=3),
@@ -184,61 +189,8 @@ CASES = [
     Case("ledger:Ledger.settle", "cut", "cut"),
     Case("ledger:Ledger._commit", "cut", "cut"),
     Case("ledger:Ledger._settle", "cut", "cut"),
-    Case("ledger:Ledger._write", "cut", "cut"),
+    Case("ledger:Ledger._write", "200", "200", call=1),
 ]
-
-
-@dataclass
-class Bench:
-    """One proxy with dormant faults, and its scripted server."""
-
-    proxy: Proxy
-    upstream: Upstream
-    key: Key
-    armed: Path
-    ids: Iterator[int] = field(default_factory=count)
-
-    def arm(self, case: Case) -> None:
-        plan = {"place": case.place, "call": case.call, "id": next(self.ids)}
-        part = self.armed.with_suffix(".part")
-        part.write_text(json.dumps(plan))
-        part.replace(self.armed)
-
-    def disarm(self) -> None:
-        self.armed.unlink(missing_ok=True)
-
-    def ask(self, name: str, key: str | None, streamed: bool, how: str = "") -> "Seen":
-        body = json.dumps({"model": "fast", "stream": streamed, "messages": []})
-        headers = {"x-request-id": name, "content-type": "application/json", "x-how": how}
-        if key:
-            headers["authorization"] = f"Bearer {key}"
-        with closing(HTTPConnection("127.0.0.1", self.proxy.port, timeout=HANG_S)) as connection:
-            seen = Seen()
-            try:
-                connection.request("POST", CHAT, body, headers)
-                if how == "hang up":
-                    self.upstream_has(name)
-                    return Seen("hung up")
-                response = connection.getresponse()
-                seen.status = str(response.status)
-                while data := response.read1(1 << 16) if streamed else response.read():
-                    seen.data += data
-                seen.complete = True
-                if response.status != 200:
-                    seen.status += f" {json.loads(seen.data)['error']['code']}"
-            except TimeoutError:
-                seen.status = "HANGS"
-            except (OSError, HTTPException):
-                seen.status = "cut"
-            return seen
-
-    def upstream_has(self, name: str) -> None:
-        eventually(lambda: any(name in r.values("x-request-id") for r in self.upstream.requests), f"{name} upstream")
-
-    def row(self, name: str) -> dict[str, Any] | None:
-        found = self.proxy.query("select * from requests where client_request_id = ?", name)
-        assert len(found) <= 1
-        return found[0] if found else None
 
 
 @dataclass
@@ -250,24 +202,101 @@ class Seen:
     @property
     def ended(self) -> bool:
         """The client takes this for a whole answer of a server."""
-        return self.status == "200" and self.complete or b"[DONE]" in self.data
+        return (self.status == "200" and self.complete) or b"[DONE]" in self.data
 
 
-def answer_of(request: Request, closed: set[str]) -> Steps:
-    (name,) = request.values("x-request-id")
-    match request.values("x-how"):
-        case ["close"] if name not in closed:
-            closed.add(name)
-            return CLOSE
-        case ["hang up"]:
-            return STALL
-    return stream(*EVENTS) if request.json().get("stream") else OK
+@dataclass
+class Bench:
+    """One proxy with dormant faults, and its scripted servers."""
+
+    proxy: Proxy
+    upstreams: list[Upstream]
+    key: Key
+    armed: Path
+    ids: Iterator[int] = field(default_factory=count)
+
+    def arm(self, case: Case) -> None:
+        """From here on `case` fails; its calls are counted anew."""
+        part = self.armed.with_suffix(".part")
+        part.write_text(json.dumps({"place": case.place, "call": case.call, "id": next(self.ids)}))
+        part.replace(self.armed)
+
+    def disarm(self) -> None:
+        self.armed.unlink(missing_ok=True)
+
+    @property
+    def requests(self) -> list[Request]:
+        return [request for upstream in self.upstreams for request in upstream.requests]
+
+    def ask(self, name: str, key: str | None, streamed: bool, how: str = "") -> Seen:
+        seen = Seen()
+        body = json.dumps({"model": "fast", "stream": streamed, "messages": []})
+        headers = {"x-request-id": name, "content-type": "application/json", "x-how": how}
+        if key:
+            headers["authorization"] = f"Bearer {key}"
+        with closing(HTTPConnection("127.0.0.1", self.proxy.port, timeout=HANG_S)) as connection:
+            try:
+                connection.request("POST", CHAT, body, headers)
+                if how == "hang up":
+                    eventually(lambda: self.reached(name), f"{name} at a server")
+                    return Seen("hung up")
+                response = connection.getresponse()
+                seen.status = str(response.status)
+                while data := response.read1(1 << 16):
+                    seen.data += data
+                seen.complete = response.isclosed() and not response.length
+                if response.status != 200:
+                    seen.status += f" {json.loads(seen.data)['error']['code']}"
+            except TimeoutError:
+                seen.status = "HANGS"
+            except (OSError, HTTPException):
+                seen.status = "cut"
+        return seen
+
+    def reached(self, name: str) -> bool:
+        return any(name in request.values("x-request-id") for request in self.requests)
+
+    def row(self, name: str) -> Row:
+        found = self.proxy.query("select * from requests where client_request_id = ?", name)
+        assert len(found) <= 1, f"{len(found)} rows of {name}"
+        return found[0] if found else {"outcome": "no row"}
+
+    def is_booked(self, name: str) -> bool:
+        return self.row(name)["outcome"] not in ("no row", "open")
+
+    def claims(self) -> int:
+        with self.proxy.client() as client:
+            return int(client.get("/health").json()["running"])
+
+    def check_servers(self, key: Key) -> list[str]:
+        problems = []
+        for request in self.requests:
+            if any("intruder" in value for value in request.values("x-request-id")):
+                problems.append("a request without a good key reached a server")
+            if key.key.encode() in request.head + request.raw_body:
+                problems.append("a user's key reached a server")
+        return problems
 
 
-def write_entry(folder: Path, places: list[str]) -> tuple[Path, Path]:
+def answers(closed: set[str]) -> Callable[[Request], Steps]:
+    def answer(request: Request) -> Steps:
+        (name,) = request.values("x-request-id")
+        match request.values("x-how"):
+            case ["close"] if name not in closed:
+                closed.add(name)
+                return CLOSE
+            case ["hang up"]:
+                return STALL
+        return stream(*EVENTS) if request.json().get("stream") else OK
+
+    return answer
+
+
+def write_entry(folder: Path, places: Sequence[str]) -> tuple[Path, Path]:
+    """The entry script, and the file that arms it."""
     folder.mkdir(parents=True, exist_ok=True)
     entry, armed = folder / "entry.py", folder / "armed.json"
-    entry.write_text(ENTRY.format(addon=str(ROOT / "addon"), armed=str(armed), places=places))
+    entry.write_text(ENTRY.format(addon=str(ROOT / "addon"), armed=str(armed), places=sorted(set(places))))
     return entry, armed
 
 
@@ -275,65 +304,182 @@ def write_entry(folder: Path, places: list[str]) -> tuple[Path, Path]:
 def bench(tmp_path_factory: pytest.TempPathFactory, confdir: Path) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("faults")
     closed: set[str] = set()
-    with Upstream() as upstream:
-        upstream.always(CHAT, lambda request: answer_of(request, closed))
-        server = {"name": "a", "url": upstream.url, "models": ["tiny"]}
-        proxy = Proxy(folder / "proxy", [server], aliases={"fast": "tiny"}, confdir=confdir)
-        proxy.addon, armed = write_entry(folder, sorted({case.place for case in CASES}))
-        with proxy:
-            yield Bench(proxy, upstream, proxy.create_key("alice"), armed)
-        print(proxy.log()[-3000:])
+    with Upstream() as first, Upstream() as second:
+        for upstream in (first, second):
+            upstream.always(CHAT, answers(closed))
+        servers = [{"name": name, "url": u.url, "models": ["tiny"]} for name, u in (("a", first), ("b", second))]
+        proxy = Proxy(folder / "proxy", servers, aliases={"fast": "tiny"}, confdir=confdir)
+        proxy.addon, armed = write_entry(folder, [case.place for case in CASES])
+        proxy.start()
+        try:
+            yield Bench(proxy, [first, second], proxy.create_key("alice"), armed)
+        finally:
+            proxy.kill()
+            print(proxy.log()[-3000:])
 
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
     lines: list[str] = []
     yield lines
-    print("\n\n| fault in | not streamed | streamed | rows |\n|---|---|---|---|")
+    print("\n\n| fault in | not streamed | streamed | rows | claims left |\n|---|---|---|---|---|")
     print("\n".join(lines))
+
+
+def name_of(case: Case, streamed: bool) -> str:
+    return f"{case}-{'streamed' if streamed else 'plain'}".replace(" ", "-")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_fault_refuses_or_cuts(bench: Bench, table: list[str], case: Case) -> None:
-    seen: dict[bool, Seen] = {}
+    seen: list[str] = []
     outcomes: list[str] = []
     problems: list[str] = []
+    claims = bench.claims()
     for streamed in (False, True):
-        name = f"{case}-{'streamed' if streamed else 'plain'}".replace(" ", "-")
-        bench.arm(case)
+        name = name_of(case, streamed)
         for intruder, key in ((f"intruder-{name}", None), (f"intruder2-{name}", "sk-wrong")):
-            if case.call is None and bench.ask(intruder, key, streamed).status in ("200", "HANGS"):
-                problems.append(f"{intruder} was served or hangs")
-            if case.call is not None:
-                bench.arm(case)
-        answer = seen[streamed] = bench.ask(name, bench.key.key, streamed, case.how)
-        row = bench.row(name)
-        if answer.ended and (row is None or row["outcome"] == "open"):
-            problems.append(f"{name}: the client has the end, the row is {row and row['outcome']}")
+            bench.arm(case)
+            if (status := bench.ask(intruder, key, streamed).status) in ("200", "HANGS"):
+                problems.append(f"{intruder}: {status}")
+        bench.arm(case)
+        answer = bench.ask(name, bench.key.key, streamed, case.how)
+        if answer.ended and not bench.is_booked(name):
+            problems.append(f"{name}: the client has the end, the row is: {bench.row(name)['outcome']}")
         bench.disarm()
-        eventually(lambda name=name: is_booked(bench, name), within_s=2) if answer.ended else None  # type: ignore[misc]
         row = bench.row(name)
-        outcomes.append(row["outcome"] if row else "no row")
-        if answer.status == "200" and row:
-            full = {3: 1, 4: 4}
-            answer.status += "" if row["completion_tokens"] in (1, 4) and row["tokens_source"] == "usage" else (
-                " unmetered" if row["completion_tokens"] is None else " partly"
-            )
-            del full
-    table.append(f"| {case} | {seen[False].status} | {seen[True].status} | {', '.join(outcomes)} |")
-    # The fault is gone: the proxy is as before.
-    after = bench.ask(f"after-{case}".replace(" ", "-"), bench.key.key, streamed=True)
-    if not (after.ended and after.complete):
+        outcomes.append(row["outcome"])
+        seen.append(answer.status + (metered(row) if answer.status == "200" else ""))
+    after = bench.ask(f"after-{name}", bench.key.key, streamed=True)
+    if not (after.status == "200" and after.ended and bench.is_booked(f"after-{name}")):
         problems.append(f"afterwards: {after}")
-    for request in bench.upstream.requests:
-        if any("intruder" in value for value in request.values("x-request-id")):
-            problems.append("an intruder's request reached the server")
-        if bench.key.key.encode() in request.head + request.raw_body:
-            problems.append("the user's key reached the server")
-    assert not problems
-    assert (seen[False].status, seen[True].status) == (case.plain, case.streamed)
+        bench.proxy.kill()
+        bench.proxy.start()
+        claims = 0
+    table.append(f"| {case} | {' | '.join(seen)} | {', '.join(outcomes)} | {bench.claims() - claims} |")
+    assert not problems + bench.check_servers(bench.key)
+    assert seen == [case.plain, case.streamed]
 
 
-def is_booked(bench: Bench, name: str) -> bool:
-    row = bench.row(name)
-    return row is not None and row["outcome"] != "open"
+def metered(row: Row) -> str:
+    return {"usage": "", "counted": " counted"}.get(row.get("tokens_source") or "", " unmetered")
+
+
+PASSING = [
+    Case("nowhere:", "", ""),
+    *(case for case in CASES if case.plain[:3] == "200" and case.streamed[:3] == "200"),
+]
+
+
+@pytest.mark.parametrize("case", PASSING, ids=str)
+def test_no_end_before_the_row(bench: Bench, case: Case) -> None:
+    """While rows can't be written, no client gets its answer's end, whatever else is broken."""
+    bench.arm(case)
+    names = [f"locked-{name_of(case, streamed)}" for streamed in (False, True)]
+    with ThreadPoolExecutor() as pool, closing(sqlite3.connect(bench.proxy.usage_db, isolation_level=None)) as lock:
+        lock.execute("begin immediate")
+        asking = [pool.submit(bench.ask, name, bench.key.key, "streamed" in name) for name in names]
+        eventually(lambda: not bench.proxy.healthy(), "the ledger's trouble")
+        early = [name for name, asked in zip(names, asking, strict=True) if asked.done()]
+        lock.execute("rollback")
+        statuses = [asked.result().status for asked in asking]
+    bench.disarm()
+    eventually(bench.proxy.healthy, "the ledger's recovery")
+    assert not early
+    assert "HANGS" not in statuses
+
+
+# Places that are come by only when the proxy starts.
+STARTS = [
+    "hooks:Gateway.__init__",
+    "hooks:Gateway.load",
+    "hooks:Gateway.configure",
+    "hooks:Gateway.running",
+    "startup:prepare",
+    "startup:set_options",
+    "startup:trim_addons",
+    "startup:listen",
+    "startup:_listen",
+    "config:load",
+    "service:Service.__init__",
+    "ledger:_open",
+    "ledger:_WorkerLock.__init__",
+    "keystore:_open",
+    "discovery:Discovery.start",
+    "discovery:ask",
+    "connections:Connections.start",
+]
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory, confdir: Path, bench: Bench) -> Iterator[dict[str, Proxy]]:
+    """All at once, since each takes a second."""
+    folder = tmp_path_factory.mktemp("starts")
+    proxies: dict[str, Proxy] = {}
+    for number, place in enumerate(STARTS):
+        # What mitmproxy listens on before the addon is loaded, and where it would be an open proxy.
+        default = free_port()
+        arguments = ["--set", "listen_host=127.0.0.1", "--set", f"listen_port={default}"]
+        proxy = Proxy(folder / str(number), list(bench.proxy.config["servers"]), confdir=confdir, arguments=arguments)
+        proxy.create_key("alice")
+        proxy.addon, armed = write_entry(proxy.folder, [place])
+        armed.write_text(json.dumps({"place": place, "call": None, "id": 0}))
+        proxy.config["default"] = default
+        proxies[place] = proxy
+        proxy.launch()
+    yield proxies
+    for proxy in proxies.values():
+        if proxy.running:
+            proxy.kill()
+
+
+@pytest.mark.parametrize("place", STARTS)
+def test_a_fault_at_the_start(starts: dict[str, Proxy], bench: Bench, table: list[str], place: str) -> None:
+    proxy = starts[place]
+    eventually(lambda: "planted in" in proxy.log() or not proxy.running, "the fault", 30)
+    server = bench.upstreams[0].url
+    seen = {"ours": "closed", "mitmproxy's": "closed"}
+    for _ in range(PROBES):
+        for name, port, target in (
+            ("ours", proxy.port, CHAT),
+            ("mitmproxy's", proxy.config["default"], server + CHAT),
+        ):
+            status = probe(port, target, f"intruder-start-{place}")
+            seen[name] = status or seen[name]
+    table.append(f"| start: {place} | {'runs' if proxy.running else 'has ended'} | {seen} | | |")
+    assert "200" not in seen.values()
+    assert not bench.check_servers(bench.key)
+
+
+def probe(port: int, target: str, name: str) -> str:
+    """The status that a request without a key gets; empty: none, since nobody listens or the connection is cut."""
+    with closing(HTTPConnection("127.0.0.1", port, timeout=HANG_S)) as connection:
+        try:
+            connection.request("POST", target, b"{}", {"x-request-id": name})
+            return str(connection.getresponse().status)
+        except TimeoutError:
+            return "HANGS"
+        except (OSError, HTTPException):
+            return ""
+
+
+def test_a_fault_at_the_end(bench: Bench, tmp_path: Path, confdir: Path) -> None:
+    """`done` fails: streams are cut without a drain, but booked, and the proxy ends."""
+    proxy = Proxy(tmp_path, list(bench.proxy.config["servers"]), confdir=confdir)
+    proxy.addon, armed = write_entry(tmp_path, ["hooks:Gateway.done"])
+    armed.write_text(json.dumps({"place": "hooks:Gateway.done", "call": None, "id": 0}))
+    proxy.start()
+    key = proxy.create_key("alice")
+    with closing(HTTPConnection("127.0.0.1", proxy.port, timeout=HANG_S)) as connection:
+        headers = {**key.headers, "x-request-id": "at-the-end", "x-how": "hang up"}
+        connection.request("POST", CHAT, json.dumps({"model": "tiny"}), headers)
+        eventually(lambda: bench.reached("at-the-end"), "the request at a server")
+        assert proxy.stop() == 0
+        with pytest.raises((OSError, HTTPException)):
+            connection.getresponse()
+    assert "planted in hooks:Gateway.done" in proxy.log()
+    assert [row["outcome"] for row in proxy.rows()] != ["ok"]
+    armed.unlink()
+    proxy.restart()
+    assert [row["outcome"] for row in proxy.rows()] == ["interrupted"]
+    proxy.stop()

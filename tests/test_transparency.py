@@ -414,7 +414,7 @@ def test_expect_100_continue(proxy: Proxy, alice: Key, server: Upstream) -> None
 
 def test_http_2(proxy: Proxy, alice: Key, server: Upstream) -> None:
     server.plan(STREAM.raw, WHOLE.raw)
-    with httpx.Client(http2=True, verify=False, headers=alice.headers, trust_env=False) as client:
+    with httpx.Client(http1=False, http2=True, verify=False, headers=alice.headers, trust_env=False) as client:
         url = proxy.url.replace("http:", "https:") + CHAT
         first, second = client.post(url, content=BODY), client.post(url, content=BODY)
     assert (first.http_version, first.status_code, first.content) == ("HTTP/2", 200, STREAM.body)
