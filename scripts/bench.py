@@ -7,7 +7,6 @@ import argparse
 import resource
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "addon"))
 
-from benchmark import report, work
+from benchmark import accounting, report, work
 from benchmark.gateways import STARTERS, Gateway, Place, by_url, free_port, start_upstream
 from benchmark.measures import SECTIONS, Section
 from benchmark.processes import Processes
@@ -44,7 +43,7 @@ def main() -> None:
     allow_open_files()
     machine = report.machine()
     bench = Bench(plan, Findings(plan.sections))
-    began = time.monotonic()
+    began = accounting.moment()
     failure = ""
     try:
         with Processes() as processes:
@@ -53,7 +52,9 @@ def main() -> None:
         failure = f"bench: {error}"
     except KeyboardInterrupt:
         failure = "bench: interrupted"
-    took = f"- The run took {time.monotonic() - began:.0f} s."
+    ended = accounting.moment()
+    others = f"other processes and the host used {began.others_share(ended):.0%} of the machine meanwhile"
+    took = f"- The run took {ended.clock_s - began.clock_s:.0f} s; {others}."
     print(f"{machine}\n\n{report.table(bench.findings, bench.names)}\n")
     print(f"{report.notes(bench.findings, plan.effort.rounds)}\n{took}")
     if plan.json_path is not None:

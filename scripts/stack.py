@@ -150,10 +150,11 @@ def dashboard_command(plan: Plan, address: Address) -> Command:
 
 def hints(plan: Plan) -> str:
     shipped = plan.config_path == ROOT / "config.yaml"
-    keys = "scripts/keys create NAME" + ("" if shipped else f" --config {plan.config_path}")
+    path = plan.config_path.relative_to(ROOT) if plan.config_path.is_relative_to(ROOT) else plan.config_path
+    keys = "scripts/keys create NAME" + ("" if shipped else f" --config {path}")
     debug = Address(f"127.0.0.1:{plan.listen.port + 2}")
     mitmweb = f".venv/bin/mitmweb --mode {mode(debug)} -s addon/llmproxy.py --set store_streamed_bodies=true"
-    mitmweb += "" if shipped else f" --set llmproxy_config={plan.config_path}"
+    mitmweb += "" if shipped else f" --set llmproxy_config={path}"
     return (
         f"  a new key   {keys}\n"
         f"  debugging   {mitmweb}\n"

@@ -12,9 +12,12 @@ from gateway.usage import read_openai
 from test_sse import cut
 
 
-def relay_of(meter: Meter | None, content_length: int | None = None, has_mark: bool = False) -> Relay:
-    clock = count(1)
-    return Relay(meter, Tally(), lambda: next(clock), content_length=content_length, is_stream=True, has_mark=has_mark)
+def relay_of(
+    meter: Meter | None, content_length: int | None = None, *, tally: Tally | None = None, has_mark: bool = False
+) -> Relay:
+    return Relay(
+        meter, tally or Tally(), lambda: 0.0, content_length=content_length, is_stream=True, has_mark=has_mark
+    )
 
 
 def through(relay: Relay, pieces: Iterator[bytes]) -> bytes:
@@ -28,10 +31,11 @@ class Raising:
 
     def __init__(self, fails_at: int) -> None:
         self._fails_at = fails_at
+        self._feeds = 0
 
     def feed(self, data: bytes) -> bytes:
-        self._fails_at -= 1
-        if not self._fails_at:
+        self._feeds += 1
+        if self._feeds == self._fails_at:
             raise ZeroDivisionError
         return data
 
@@ -166,7 +170,7 @@ def test_what_we_asked_for_is_taken_out_to_the_byte(spelling: str, place: str, n
     with_usage = b": ping\n\n" + with_usage
     for seed in range(30):
         tally = Tally()
-        relay = relay_of(StreamMeter(read_openai, tally, strip=True), has_mark=True)
+        relay = relay_of(StreamMeter(read_openai, tally, strip=True), tally=tally, has_mark=True)
         assert (seed, through(relay, cut(with_usage, seed))) == (seed, without)
         assert (tally.tokens(), relay.ended) == ((Tokens(3, None, 5), "usage"), True)
 

@@ -5,6 +5,7 @@ The upstream is scripted: it repeats what a server said, in pieces that no serve
 
 import hashlib
 import json
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from proxy import Key, Proxy
-from rawhttp import Answer, Connection, ask, post, request
+from rawhttp import Connection, ask, post, request
 from recordings import load
 from upstream import CLOSE, STALL, Request, Upstream, chunk, cut, head, pieces, reply, stream
 
@@ -425,10 +426,15 @@ def test_http_2(proxy: Proxy, alice: Key, server: Upstream) -> None:
 
 
 def test_a_slow_client_loses_nothing(proxy: Proxy, alice: Key, server: Upstream) -> None:
-    """It reads in small bites from a small buffer, while the server would send faster."""
-    events = [f'data: {{"choices":[],"n":{number},"x":"{"y" * 1000}"}}\n\n' for number in range(2000)]
+    """It begins to read when the server, the proxy and the kernel can hold no more of the answer."""
+    events = [f'data: {{"choices":[],"n":{number},"x":"{"y" * 4000}"}}\n\n' for number in range(4000)]
     server.plan(stream(*events, "data: [DONE]\n\n"))
     with Connection(proxy.port) as connection:
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        answer = connection.ask(request("POST", CHAT, alice, BODY))
-    assert answer == Answer(200, answer.headers, "".join([*events, "data: [DONE]\n\n"]).encode())
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+        connection.sock.sendall(request("POST", CHAT, alice, BODY))
+        assert select.select([connection.sock], [], [], 10)[0]
+        (row,) = proxy.query("select outcome from requests order by id desc limit 1")
+        assert row == {"outcome": "open"}
+        answer = connection.answer()
+    assert answer.complete
+    assert answer.body == "".join([*events, "data: [DONE]\n\n"]).encode()

@@ -17,7 +17,7 @@ from supervisor import StartFailedError
 
 _JOB_GRACE_S = 60.0  # warm-up and waiting for the last answers included
 _IDLE_S = 1.0
-_STREAM_S = 3.0  # length of the streams whose pace must hold
+_STREAM_S = 2.0  # length of the streams whose pace must hold
 _IN_TIME = 1.05  # a stream may take so much longer than its pace says, and no more than one in 20 any longer
 _LEVELS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
 _LOADED_STREAMS = 100
@@ -153,7 +153,7 @@ class Runner:
         return (result.cpu_s or 0.0) / result.elapsed_s if result.elapsed_s else 0.0
 
     def _holds_pace(self, gateway: Gateway, level: int) -> bool:
-        stream_s = _STREAM_S * max(self.effort.time_factor, 0.5)
+        stream_s = _STREAM_S * max(self.effort.time_factor, 0.7)
         chunks = int(stream_s * PACE_PER_S)
         job = Job(kind="once", seconds=stream_s * 1.5 + 2, in_flight=level, chunks=chunks, pace_per_s=PACE_PER_S)
         result = self.load.run_on(gateway, job)

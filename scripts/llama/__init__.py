@@ -109,7 +109,8 @@ def start_server(
     handle, log_name = tempfile.mkstemp(dir=cache, prefix="llama-server-", suffix=".log")
     command = [sys.executable, str(_HERE / "serve_model.py"), str(path), "--port", str(port), "--until-eof", *flags]
     with os.fdopen(handle, "wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        # Ctrl-C is for whoever started it: the server would stall its streams while they still drain.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, process_group=0)
     ready = _first_line(process, ready_within_s)
     if not ready.startswith("READY "):
         process.kill()
