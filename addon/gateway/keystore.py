@@ -56,8 +56,14 @@ class Key(msgspec.Struct, frozen=True):
 def m001_keys(db: Database) -> None:
     # "autoincrement" keeps the ids of deleted keys from being given again: rows of `requests` go on naming them.
     db.execute(
-        "create table keys (id integer primary key autoincrement, "
-        "name text not null unique, hash text not null unique, hint text not null, created_at text not null, disabled integer not null default 0, expires_at text, "
+        "create table keys ("
+        "id integer primary key autoincrement, "
+        "name text not null unique, "
+        "hash text not null unique, "
+        "hint text not null, "
+        "created_at text not null, "
+        "disabled integer not null default 0, "
+        "expires_at text, "
         "models text not null default '[]')"
     )
 

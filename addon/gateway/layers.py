@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import mitmproxy.proxy.layers.http
 from mitmproxy import http
 from mitmproxy.connection import Connection, Server
 from mitmproxy.net.http.http1 import assemble_response
@@ -25,6 +26,7 @@ from mitmproxy.proxy.layers.http import (
     GetHttpConnection,
     HTTPMode,
     HttpStream,
+    ReceiveHttp,
     RequestData,
     RequestEndOfMessage,
     RequestHeaders,
@@ -251,8 +253,27 @@ class GatewayStream(HttpStream):
         return parent
 
 
-class BoundedHttp1Server(_http1.Http1Server):
-    """mitmproxy's HTTP/1 server with bounds on what a client may make it keep."""
+class _DropsTrailers(_http1.Http1Connection):
+    """mitmproxy's HTTP/1 breaks down at a chunked body's trailers, and the peer waits forever. A proxy may drop them
+    (RFC 9110 section 6.5.1).
+    """
+
+    def read_body(self, event: events.Event) -> CommandGenerator[None]:
+        try:
+            yield from super().read_body(event)
+        except NotImplementedError:
+            assert self.stream_id is not None
+            is_request = isinstance(self, _http1.Http1Server)
+            yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
+            yield from self.mark_done(request=is_request, response=not is_request)
+
+
+class DroppingHttp1Client(_DropsTrailers, _http1.Http1Client):
+    """mitmproxy's HTTP/1 client, with trailers dropped."""
+
+
+class BoundedHttp1Server(_DropsTrailers, _http1.Http1Server):
+    """mitmproxy's HTTP/1 server with trailers dropped, and bounds on what a client may make it keep."""
 
     def read_headers(self, event: events.ConnectionEvent) -> CommandGenerator[None]:
         is_data = isinstance(event, events.DataReceived) and len(self.buf) > MAX_HEAD_BYTES
@@ -336,11 +357,10 @@ def error_response(status_code: int, message: str = "") -> bytes:
     return bytes(assemble_response(response))
 
 
-def speak_json() -> None:
-    """Have mitmproxy's HTTP/1 layer answer malformed requests with `error_response`. It looks the name up at each
-    call.
-    """
+def take_over() -> None:
+    """Have mitmproxy use ours in the two places that no subclass reaches. It looks these names up at each call."""
     _http1.make_error_response = error_response
+    mitmproxy.proxy.layers.http.Http1Client = DroppingHttp1Client  # type: ignore[misc]
 
 
 def set_response(flow: http.HTTPFlow, refusal: Refusal) -> None:

@@ -57,7 +57,7 @@ QUIET_FLOW_DETAIL = 1
 
 def prepare() -> None:
     """Before anything else: errors in our dialect, and room for many connections."""
-    layers.speak_json()
+    layers.take_over()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard > soft else (soft, hard))
     # A line per connection says nothing that a row does not.
