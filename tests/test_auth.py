@@ -24,7 +24,9 @@ class Store:
 
 
 def authenticate(headers: dict[str, list[str]], store: Store | None = None) -> Caller:
-    return Authenticator(store or Store(), lambda: NOW).authenticate({name: headers.get(name, []) for name in KEY_HEADERS})
+    return Authenticator(store or Store(), lambda: NOW).authenticate(
+        {name: headers.get(name, []) for name in KEY_HEADERS}
+    )
 
 
 LET_IN: dict[str, dict[str, list[str]]] = {

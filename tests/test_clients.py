@@ -249,15 +249,51 @@ def test_anthropic_count_tokens(proxy: Proxy, ant: anthropic.Anthropic) -> None:
 
 # name -> how to ask, status, code, and the clients' exceptions
 ERRORS: dict[str, tuple[dict[str, Any], int, str, type[Exception], type[Exception]]] = {
-    "unknown key": ({"key": "sk-nobody"}, 401, "invalid_api_key", openai.AuthenticationError, anthropic.AuthenticationError),
-    "disabled key": ({"key": "disabled"}, 403, "key_disabled", openai.PermissionDeniedError, anthropic.PermissionDeniedError),
-    "expired key": ({"key": "expired"}, 403, "key_expired", openai.PermissionDeniedError, anthropic.PermissionDeniedError),
-    "model not allowed": ({"key": "narrow"}, 403, "model_not_allowed", openai.PermissionDeniedError, anthropic.PermissionDeniedError),
+    "unknown key": (
+        {"key": "sk-nobody"},
+        401,
+        "invalid_api_key",
+        openai.AuthenticationError,
+        anthropic.AuthenticationError,
+    ),
+    "disabled key": (
+        {"key": "disabled"},
+        403,
+        "key_disabled",
+        openai.PermissionDeniedError,
+        anthropic.PermissionDeniedError,
+    ),
+    "expired key": (
+        {"key": "expired"},
+        403,
+        "key_expired",
+        openai.PermissionDeniedError,
+        anthropic.PermissionDeniedError,
+    ),
+    "model not allowed": (
+        {"key": "narrow"},
+        403,
+        "model_not_allowed",
+        openai.PermissionDeniedError,
+        anthropic.PermissionDeniedError,
+    ),
     "unknown model": ({"model": "none"}, 404, "model_not_found", openai.NotFoundError, anthropic.NotFoundError),
     "model no string": ({"model": 7}, 400, "invalid_request", openai.BadRequestError, anthropic.BadRequestError),
-    "too large": ({"content": "x" * 60_000}, 413, "request_too_large", openai.APIStatusError, anthropic.ContentTooLargeError),
-    "server gone": ({"model": "lost"}, 502, "upstream_unreachable", openai.InternalServerError, anthropic.InternalServerError),
-}  # fmt: skip
+    "too large": (
+        {"content": "x" * 60_000},
+        413,
+        "request_too_large",
+        openai.APIStatusError,
+        anthropic.ContentTooLargeError,
+    ),
+    "server gone": (
+        {"model": "lost"},
+        502,
+        "upstream_unreachable",
+        openai.InternalServerError,
+        anthropic.InternalServerError,
+    ),
+}
 
 
 @pytest.fixture(scope="module")

@@ -39,13 +39,18 @@ def test_smol_llm_proxys_file() -> None:
     )
 
 
-def test_json_is_yaml() -> None:
+@pytest.mark.parametrize("indent", [None, 2, "\t"], ids=["one line", "spaces", "tabs"])
+def test_json_is_yaml(indent: int | str | None) -> None:
     written = {"servers": [{"name": "a", "url": "http://h:1"}], "listen": "[::1]:8000", "aliases": {"é*": "m"}}
-    config = parse(json.dumps(written, indent="\t"), FOLDER, {})
+    config = parse(json.dumps(written, indent=indent), FOLDER, {})
     assert (config.listen.host, config.listen.port, config.aliases) == ("::1", 8000, {"é*": "m"})
 
 
-PATHS = {"relative": ("books", "/etc/llmproxy/books"), "absolute": ("/var/books", "/var/books"), "up": ("../b", "/etc/llmproxy/../b")}
+PATHS = {
+    "relative": ("books", "/etc/llmproxy/books"),
+    "absolute": ("/var/books", "/var/books"),
+    "up": ("../b", "/etc/llmproxy/../b"),
+}
 
 
 @pytest.mark.parametrize(("written", "expected"), PATHS.values(), ids=PATHS)
@@ -106,7 +111,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "an unknown key of a server": (one("apikey: x"), ["servers[0].apikey: unknown key", "did you mean 'api_key'"]),
     "a number for a text": ("servers: [{name: 1, url: 'http://h'}]", ["servers[0].name", "expected `str`, got `int`"]),
     "a text for a number": (f"{SERVERS}\nmax_body_mb: big", ["max_body_mb", "expected `float`"]),
-    "models a text": (one("models: m"), ["servers[0].models", "expected `array`"]),
+    "models a text": (one("models: m"), ["servers[0].models", "expected `array"]),
     "a model a number": (one("models: [m, 1]"), ["servers[0].models[1]", "expected `str`"]),
     "an empty model": (one("models: ['']"), ["servers[0].models", "not empty"]),
     "an address without a port": (f"{SERVERS}\nlisten: localhost", ["listen", "HOST:PORT", "127.0.0.1:8000"]),
@@ -119,7 +124,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a wrong port": ("servers: [{name: a, url: 'http://h:x'}]", ["servers[0].url", "http://HOST:PORT"]),
     "half an IPv6 address": ("servers: [{name: a, url: 'http://[::1'}]", ["servers[0].url", "http://HOST:PORT"]),
     "a url with /v1": ("servers: [{name: a, url: 'http://h:1/v1/'}]", ["servers[0].url", "root", "write http://h:1"]),
-    "a name twice": ("servers: [{name: a, url: 'http://h'}, {name: a, url: 'http://i'}]", ["servers[1].name", "'a'", "differ"]),
+    "a name twice": (
+        "servers: [{name: a, url: 'http://h'}, {name: a, url: 'http://i'}]",
+        ["servers[1].name", "'a'", "differ"],
+    ),
     "an empty name": ("servers: [{name: ' ', url: 'http://h'}]", ["servers[0].name", "not empty"]),
     "weight zero": (one("weight: 0"), ["servers[0].weight", "above 0"]),
     "weight endless": (one("weight: .inf"), ["servers[0].weight", "above 0"]),
@@ -134,7 +142,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a broken regular expression": (f"{SERVERS}\naliases: {{'/(/': m}}", ["aliases./(/", "no regular expression"]),
     "an unknown default": (f"{SERVERS}\ndefault_model: zzz", ["default_model", "'zzz'", "models: m, n"]),
     "a variable that is not set": (one("api_key: '${KEY}'"), ["servers[0].api_key", "KEY is not set", "${KEY:-}"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "parts"), MISTAKES.values(), ids=MISTAKES)

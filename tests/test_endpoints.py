@@ -40,10 +40,27 @@ def test_private_however_written(private: str, way: str) -> None:
 
 
 PUBLIC = [
-    "/v1/chat/completions", "/v1/models", "/completion", "/v1/completions", "/infill", "/v1/messages", "/v1/responses",
-    "/tokenize", "/detokenize", "/apply-template", "/v1/audio/transcriptions", "/v1/rerank", "/embedding", "/slotsx",
-    "/v1/streaming", "/v1/slots", "/loading", "/", "/models", "/unknown/path",
-]  # fmt: skip
+    "/v1/chat/completions",
+    "/v1/models",
+    "/completion",
+    "/v1/completions",
+    "/infill",
+    "/v1/messages",
+    "/v1/responses",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/v1/audio/transcriptions",
+    "/v1/rerank",
+    "/embedding",
+    "/slotsx",
+    "/v1/streaming",
+    "/v1/slots",
+    "/loading",
+    "/",
+    "/models",
+    "/unknown/path",
+]
 
 
 @pytest.mark.parametrize("path", PUBLIC)
@@ -53,7 +70,19 @@ def test_not_private(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health", "/v1/health", "/metrics", "/METRICS/", "/%6detrics", "/v1/usage", "/usage", "/admin", "/admin/x", "//admin/keys"]
-)  # fmt: skip
+    "path",
+    [
+        "/health",
+        "/v1/health",
+        "/metrics",
+        "/METRICS/",
+        "/%6detrics",
+        "/v1/usage",
+        "/usage",
+        "/admin",
+        "/admin/x",
+        "//admin/keys",
+    ],
+)
 def test_reserved(path: str) -> None:
     assert is_reserved(path)

@@ -1,6 +1,6 @@
-"""A fault planted in turn into each hook and each part: the request is refused or cut, or passes unmetered when only the
-meter failed. Never does a request without a good key reach a server, never does a user's key, never does a client hang,
-and none sees the end of an answer whose row is not on disk.
+"""A fault planted in turn into each hook and each part: the request is refused or cut, or passes unmetered when only
+the meter failed. Never does a request without a good key reach a server, never does a user's key, never does a client
+hang, and none sees the end of an answer whose row is not on disk.
 
 `pytest -s` prints what happened as a table.
 """
@@ -70,8 +70,7 @@ from gateway.hooks import Gateway
 addons = [Gateway()]
 """
 
-HANG_S = 4  # a client that waits for longer on a scripted server hangs
-PROBES = 20
+HANG_S = 5  # a client that waits for longer on a scripted server hangs
 EVENTS = [
     *(
         f'data: {{"choices":[{{"index":0,"delta":{{"content":"{word}"}},"finish_reason":null}}]}}\n\n'
@@ -245,7 +244,9 @@ class Bench:
                 while data := response.read1(1 << 16):
                     seen.data += data
                 seen.complete = response.isclosed() and not response.length
-                if response.status != 200:
+                if not seen.complete:
+                    seen.status = "cut"
+                elif response.status != 200:
                     seen.status += f" {json.loads(seen.data)['error']['code']}"
             except TimeoutError:
                 seen.status = "HANGS"
@@ -365,16 +366,24 @@ def metered(row: Row) -> str:
     return {"usage": "", "counted": " counted"}.get(row.get("tokens_source") or "", " unmetered")
 
 
-PASSING = [
-    Case("nowhere:", "", ""),
-    *(case for case in CASES if case.plain[:3] == "200" and case.streamed[:3] == "200"),
+ENDS = [
+    "(none)",
+    "hooks:Gateway.next_layer",
+    "hooks:Gateway.responseheaders",
+    "hooks:Gateway._begin_answer",
+    "hooks:Gateway.response",
+    "headers:to_client",
+    "hooks:format_of",
+    "relay:StreamMeter.feed",
+    "relay:BodyMeter.feed",
+    "service:Service.count",
 ]
 
 
-@pytest.mark.parametrize("case", PASSING, ids=str)
-def test_no_end_before_the_row(bench: Bench, case: Case) -> None:
+@pytest.mark.parametrize("place", ENDS)
+def test_no_end_before_the_row(bench: Bench, place: str) -> None:
     """While rows can't be written, no client gets its answer's end, whatever else is broken."""
-    bench.arm(case)
+    bench.arm(case := Case(place, "", ""))
     names = [f"locked-{name_of(case, streamed)}" for streamed in (False, True)]
     with ThreadPoolExecutor() as pool, closing(sqlite3.connect(bench.proxy.usage_db, isolation_level=None)) as lock:
         lock.execute("begin immediate")
@@ -395,18 +404,10 @@ STARTS = [
     "hooks:Gateway.load",
     "hooks:Gateway.configure",
     "hooks:Gateway.running",
-    "startup:prepare",
-    "startup:set_options",
-    "startup:trim_addons",
-    "startup:listen",
     "startup:_listen",
     "config:load",
-    "service:Service.__init__",
-    "ledger:_open",
     "ledger:_WorkerLock.__init__",
-    "keystore:_open",
     "discovery:Discovery.start",
-    "discovery:ask",
     "connections:Connections.start",
 ]
 
@@ -436,16 +437,20 @@ def starts(tmp_path_factory: pytest.TempPathFactory, confdir: Path, bench: Bench
 @pytest.mark.parametrize("place", STARTS)
 def test_a_fault_at_the_start(starts: dict[str, Proxy], bench: Bench, table: list[str], place: str) -> None:
     proxy = starts[place]
-    eventually(lambda: "planted in" in proxy.log() or not proxy.running, "the fault", 30)
     server = bench.upstreams[0].url
     seen = {"ours": "closed", "mitmproxy's": "closed"}
-    for _ in range(PROBES):
+    eventually(lambda: "planted in" in proxy.log() or not proxy.running, "the fault", 30)
+
+    def probes() -> bool:
         for name, port, target in (
             ("ours", proxy.port, CHAT),
             ("mitmproxy's", proxy.config["default"], server + CHAT),
         ):
             status = probe(port, target, f"intruder-start-{place}")
             seen[name] = status or seen[name]
+        return not proxy.running or seen["ours"] != "closed"
+
+    eventually(probes, "the end, or a refusal", 15)
     table.append(f"| start: {place} | {'runs' if proxy.running else 'has ended'} | {seen} | | |")
     assert "200" not in seen.values()
     assert not bench.check_servers(bench.key)
@@ -478,8 +483,4 @@ def test_a_fault_at_the_end(bench: Bench, tmp_path: Path, confdir: Path) -> None
         with pytest.raises((OSError, HTTPException)):
             connection.getresponse()
     assert "planted in hooks:Gateway.done" in proxy.log()
-    assert [row["outcome"] for row in proxy.rows()] != ["ok"]
-    armed.unlink()
-    proxy.restart()
-    assert [row["outcome"] for row in proxy.rows()] == ["interrupted"]
-    proxy.stop()
+    assert [row["outcome"] for row in proxy.rows()] in (["interrupted"], ["client_closed"])

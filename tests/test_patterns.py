@@ -36,7 +36,9 @@ def test_matches(pattern: str, name: str, expected: bool) -> None:
     assert Pattern(pattern).matches(name) is expected
 
 
-@pytest.mark.parametrize(("pattern", "is_exact"), [("a", True), ("/a", True), ("a*", False), ("a?", False), ("/a/", False)])
+@pytest.mark.parametrize(
+    ("pattern", "is_exact"), [("a", True), ("/a", True), ("a*", False), ("a?", False), ("/a/", False)]
+)
 def test_is_exact(pattern: str, is_exact: bool) -> None:
     assert Pattern(pattern).is_exact is is_exact
 

@@ -1,4 +1,4 @@
-"""An answer's bytes reach the client as they came, whatever the meter does; what we asked for is taken out to the byte."""
+"""An answer's bytes reach the client as they came, whatever the meter does; what we asked for is taken out again."""
 
 import json
 from collections.abc import Iterator
@@ -15,9 +15,7 @@ from test_sse import cut
 def relay_of(
     meter: Meter | None, content_length: int | None = None, *, tally: Tally | None = None, has_mark: bool = False
 ) -> Relay:
-    return Relay(
-        meter, tally or Tally(), lambda: 0.0, content_length=content_length, is_stream=True, has_mark=has_mark
-    )
+    return Relay(meter, tally or Tally(), lambda: 0.0, content_length=content_length, is_stream=True, has_mark=has_mark)
 
 
 def through(relay: Relay, pieces: Iterator[bytes]) -> bytes:
@@ -145,7 +143,11 @@ PLACES = ["last", "first", "middle"]
 
 
 def chunk(place: str, usage: object, text: str) -> dict[str, object]:
-    plain = [("id", "x"), ("choices", [{"index": 0, "delta": {"content": text}, "finish_reason": None}]), ("model", "m")]
+    plain: list[tuple[str, object]] = [
+        ("id", "x"),
+        ("choices", [{"index": 0, "delta": {"content": text}, "finish_reason": None}]),
+        ("model", "m"),
+    ]
     plain.insert({"first": 0, "middle": 2, "last": 3}[place], ("usage", usage))
     return dict(plain)
 

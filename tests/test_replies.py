@@ -56,4 +56,6 @@ def test_headers_of_a_refusal() -> None:
 
 
 def test_answer() -> None:
-    assert answer(200, {"a": [1]}, {"x": "y"}) == Reply(200, b'{"a":[1]}', {"content-type": "application/json", "x": "y"})
+    assert answer(200, {"a": [1]}, {"x": "y"}) == Reply(
+        200, b'{"a":[1]}', {"content-type": "application/json", "x": "y"}
+    )

@@ -1,4 +1,4 @@
-"""SIGTERM: running streams end well and are booked; what takes too long is cut and booked; a second one ends at once."""
+"""SIGTERM: running streams end well, what takes too long is cut, all is booked; a second one ends at once."""
 
 import json
 import signal

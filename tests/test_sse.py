@@ -1,4 +1,4 @@
-"""The standard's event streams, fed whole, byte by byte, and cut at any place: the same events, and the bytes unchanged."""
+"""The standard's event streams, fed whole, byte by byte, and cut at any place: the same events, the bytes unchanged."""
 
 import random
 import re
@@ -93,12 +93,29 @@ def test_events_however_the_bytes_come(stream: bytes, expected: list[Event]) -> 
         assert b"".join(block.raw for block in blocks) == stream
 
 
-PARTS = ["data: x", "data:", "data", "event: e", ":c", "id: 1", "", "\r", "\n", "\r\n", "\n\n", "\r\n\r\n", "\r\r", "\ufeff", "é"]
+PARTS = [
+    "data: x",
+    "data:",
+    "data",
+    "event: e",
+    ":c",
+    "id: 1",
+    "",
+    "\r",
+    "\n",
+    "\r\n",
+    "\n\n",
+    "\r\n\r\n",
+    "\r\r",
+    "\ufeff",
+    "é",
+]
 
 
 @settings(deadline=None)
 @given(
-    st.lists(st.sampled_from(PARTS)).map(lambda parts: "".join(parts).encode()), st.lists(st.integers(0, 60), max_size=9)
+    st.lists(st.sampled_from(PARTS)).map(lambda parts: "".join(parts).encode()),
+    st.lists(st.integers(0, 60), max_size=9),
 )
 def test_any_mix_of_lines(stream: bytes, places: list[int]) -> None:
     places = sorted(min(place, len(stream)) for place in places)

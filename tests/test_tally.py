@@ -14,33 +14,47 @@ REPORTS: dict[str, tuple[list[Report], int, int, tuple[Tokens, str | None]]] = {
     "a prompt, then deltas": ([(Tokens(5, 1), "usage", None, False)], 1, 3, (Tokens(5, 1, 3), "counted")),
     "the last word counts": (
         [(Tokens(5, 0, 1), "usage", None, True), (Tokens(5, 0, 2), "usage", None, True)],
-        1, 0, (Tokens(5, 0, 2), "usage"),
+        1,
+        0,
+        (Tokens(5, 0, 2), "usage"),
     ),
     "a choice on the way": (
         [(Tokens(5, 0, 1), "timings", 0, False), (Tokens(5, 0, 2), "timings", 0, False)],
-        1, 2, (Tokens(5, 0, 2), "timings"),
+        1,
+        2,
+        (Tokens(5, 0, 2), "timings"),
     ),
     "a choice on the way, then at its end": (
         [(Tokens(5, 0, 1), "timings", 0, False), (Tokens(5, 0, 2), "timings", 0, True)],
-        1, 2, (Tokens(5, 0, 2), "timings"),
+        1,
+        2,
+        (Tokens(5, 0, 2), "timings"),
     ),
     "choices of one prompt share it": (
         [(Tokens(5, 4, 1), "timings", 0, True), (Tokens(5, 4, 2), "timings", 1, False)],
-        1, 0, (Tokens(5, 4, 3), "timings"),
+        1,
+        0,
+        (Tokens(5, 4, 3), "timings"),
     ),
     "choices of several prompts": (
         [(Tokens(5, 4, 1), "usage", 0, True), (Tokens(7, 0, 2), "usage", 1, True)],
-        2, 0, (Tokens(12, 4, 3), "usage"),
+        2,
+        0,
+        (Tokens(12, 4, 3), "usage"),
     ),
     "a total beats its choices": (
         [(Tokens(5, 0, 1), "usage", 0, False), (Tokens(5, 0, 9), "usage", None, True)],
-        1, 0, (Tokens(5, 0, 9), "usage"),
+        1,
+        0,
+        (Tokens(5, 0, 9), "usage"),
     ),
     "usage beats timings as a source": (
         [(Tokens(5, 0, 1), "usage", 0, True), (Tokens(5, 0, 2), "timings", 1, True)],
-        1, 0, (Tokens(5, 0, 3), "usage"),
+        1,
+        0,
+        (Tokens(5, 0, 3), "usage"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("reports", "prompts", "deltas", "expected"), REPORTS.values(), ids=REPORTS)

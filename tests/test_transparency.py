@@ -7,7 +7,8 @@ import hashlib
 import json
 import select
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -413,9 +414,18 @@ def test_expect_100_continue(proxy: Proxy, alice: Key, server: Upstream) -> None
     assert (last(server).body, last(server).values("expect")) == (BODY, [])
 
 
+class Http2Context(ssl.SSLContext):
+    """httpx offers HTTP/1.1 first, and the first that it can speak is what mitmproxy takes."""
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        super().set_alpn_protocols(["h2"])
+
+
 def test_http_2(proxy: Proxy, alice: Key, server: Upstream) -> None:
     server.plan(STREAM.raw, WHOLE.raw)
-    with httpx.Client(http1=False, http2=True, verify=False, headers=alice.headers, trust_env=False) as client:
+    context = Http2Context(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with httpx.Client(http2=True, verify=context, headers=alice.headers, trust_env=False) as client:
         url = proxy.url.replace("http:", "https:") + CHAT
         first, second = client.post(url, content=BODY), client.post(url, content=BODY)
     assert (first.http_version, first.status_code, first.content) == ("HTTP/2", 200, STREAM.body)

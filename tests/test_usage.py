@@ -92,8 +92,13 @@ def timings(cached: int, prompt: int, completion: int) -> dict[str, Any]:
 
 def native(content: str, predicted: int, stop: bool = False, index: int = 0, **more: Any) -> dict[str, Any]:
     return {
-        "index": index, "content": content, "stop": stop, "tokens_predicted": predicted, "tokens_evaluated": 12, **more
-    }  # fmt: skip
+        "index": index,
+        "content": content,
+        "stop": stop,
+        "tokens_predicted": predicted,
+        "tokens_evaluated": 12,
+        **more,
+    }
 
 
 def piece(kind: str, **fields: Any) -> dict[str, Any]:
@@ -124,17 +129,33 @@ STREAMED: dict[str, Streamed] = {
     # llama.cpp
     "llama chat: timings where it ends": Streamed(
         CHAT,
-        (delta(role="assistant", content=None), chat(), chat(), chat(None, finish="stop", timings=timings(46, 1, 6)), DONE),
+        (
+            delta(role="assistant", content=None),
+            chat(),
+            chat(),
+            chat(None, finish="stop", timings=timings(46, 1, 6)),
+            DONE,
+        ),
         Result(Tokens(47, 46, 6), "timings"),
     ),
     "llama chat, usage asked": Streamed(
         CHAT,
-        (chat(), chat(None, finish="stop"), {"choices": [], "usage": usage(47, 6, 46), "timings": timings(46, 1, 6)}, DONE),
+        (
+            chat(),
+            chat(None, finish="stop"),
+            {"choices": [], "usage": usage(47, 6, 46), "timings": timings(46, 1, 6)},
+            DONE,
+        ),
         Result(Tokens(47, 46, 6), "usage"),
     ),
     "llama chat, timings_per_token": Streamed(
         CHAT,
-        (chat(timings=timings(46, 1, 1)), chat(timings=timings(46, 1, 2)), chat(None, finish="length", timings=timings(46, 1, 2)), DONE),
+        (
+            chat(timings=timings(46, 1, 1)),
+            chat(timings=timings(46, 1, 2)),
+            chat(None, finish="length", timings=timings(46, 1, 2)),
+            DONE,
+        ),
         Result(Tokens(47, 46, 2), "timings"),
     ),
     "llama chat, timings_per_token and usage asked": Streamed(
@@ -160,19 +181,30 @@ STREAMED: dict[str, Streamed] = {
     "llama chat, n=2": Streamed(
         CHAT,
         (
-            chat(), chat(index=1), chat(index=1),
-            chat(None, 1, "stop", timings=timings(46, 1, 2)), chat(None, 0, "stop", timings=timings(46, 1, 1)), DONE,
+            chat(),
+            chat(index=1),
+            chat(index=1),
+            chat(None, 1, "stop", timings=timings(46, 1, 2)),
+            chat(None, 0, "stop", timings=timings(46, 1, 1)),
+            DONE,
         ),
-        Result(Tokens(47, 46, 3), "timings"), answers=2,
+        Result(Tokens(47, 46, 3), "timings"),
+        answers=2,
     ),
     "llama chat, n=2 and usage asked: two usage chunks": Streamed(
         CHAT,
         (
-            chat(), chat(index=1),
-            chat(None, 1, "stop"), {"choices": [], "usage": usage(47, 3, 46), "timings": timings(46, 1, 3)},
-            chat(), chat(None, 0, "stop"), {"choices": [], "usage": usage(47, 4, 46), "timings": timings(46, 1, 4)}, DONE,
+            chat(),
+            chat(index=1),
+            chat(None, 1, "stop"),
+            {"choices": [], "usage": usage(47, 3, 46), "timings": timings(46, 1, 3)},
+            chat(),
+            chat(None, 0, "stop"),
+            {"choices": [], "usage": usage(47, 4, 46), "timings": timings(46, 1, 4)},
+            DONE,
         ),
-        Result(Tokens(47, 46, 7), "usage"), answers=2,
+        Result(Tokens(47, 46, 7), "usage"),
+        answers=2,
     ),
     "llama completions: usage beside the last choice": Streamed(
         COMPLETIONS,
@@ -182,11 +214,15 @@ STREAMED: dict[str, Streamed] = {
     "llama completions, two prompts": Streamed(
         COMPLETIONS,
         (
-            text(), text(index=1),
+            text(),
+            text(index=1),
             text("", 0, "stop", usage=usage(5, 1, 0), timings=timings(0, 5, 1)),
-            text("", 1, "stop", usage=usage(7, 2, 3), timings=timings(3, 4, 2)), DONE,
+            text("", 1, "stop", usage=usage(7, 2, 3), timings=timings(3, 4, 2)),
+            DONE,
         ),
-        Result(Tokens(12, 3, 3), "usage"), prompts=2, answers=2,
+        Result(Tokens(12, 3, 3), "usage"),
+        prompts=2,
+        answers=2,
     ),
     "llama native": Streamed(
         NATIVE,
@@ -195,59 +231,103 @@ STREAMED: dict[str, Streamed] = {
     ),
     "llama native, two prompts": Streamed(
         NATIVE,
-        (native("a", 1), native("b", 1, index=1), native("", 1, True, timings=timings(11, 1, 1)), native("", 4, True, 1, timings=timings(2, 10, 4))),
-        Result(Tokens(24, 13, 5), "usage"), prompts=2, answers=2,
+        (
+            native("a", 1),
+            native("b", 1, index=1),
+            native("", 1, True, timings=timings(11, 1, 1)),
+            native("", 4, True, 1, timings=timings(2, 10, 4)),
+        ),
+        Result(Tokens(24, 13, 5), "usage"),
+        prompts=2,
+        answers=2,
     ),
     "llama native, two answers": Streamed(
         NATIVE,
         (native("", 1, True, timings=timings(11, 1, 1)), native("", 4, True, 1, timings=timings(11, 1, 4))),
-        Result(Tokens(12, 11, 5), "usage"), answers=2,
+        Result(Tokens(12, 11, 5), "usage"),
+        answers=2,
     ),
     "llama infill": Streamed("/infill", (native("a", 1, True),), Result(Tokens(12, None, 1), "usage")),
     "llama messages: the prompt without what was cached": Streamed(
         MESSAGES,
-        (begin(cache_read_input_tokens=46, input_tokens=1, output_tokens=0), piece("text_delta", text="a"), turn(output_tokens=4), STOP),
+        (
+            begin(cache_read_input_tokens=46, input_tokens=1, output_tokens=0),
+            piece("text_delta", text="a"),
+            turn(output_tokens=4),
+            STOP,
+        ),
         Result(Tokens(47, 46, 4), "usage"),
     ),
     "llama responses": Streamed(
         RESPONSES,
         (
-            response("created", response={"status": "in_progress"}), response("output_text.delta", delta="a"),
-            response("completed", response={"status": "completed", "usage": counts(47, 4, 46)}, timings=timings(46, 1, 4)),
+            response("created", response={"status": "in_progress"}),
+            response("output_text.delta", delta="a"),
+            response(
+                "completed", response={"status": "completed", "usage": counts(47, 4, 46)}, timings=timings(46, 1, 4)
+            ),
         ),
         Result(Tokens(47, 46, 4), "usage"),
     ),
     # errors within a stream
-    "chat, error": Streamed(CHAT, (chat(), chat(), KV_FULL), Result(Tokens(completion=2), "counted", False, "server_error")),
-    "completions, error": Streamed(COMPLETIONS, (text(), KV_FULL), Result(Tokens(completion=1), "counted", False, "server_error")),
-    "native, error": Streamed(NATIVE, (native("a", 1), native("b", 2), KV_FULL), Result(Tokens(12, None, 2), "usage", False, "server_error")),
+    "chat, error": Streamed(
+        CHAT, (chat(), chat(), KV_FULL), Result(Tokens(completion=2), "counted", False, "server_error")
+    ),
+    "completions, error": Streamed(
+        COMPLETIONS, (text(), KV_FULL), Result(Tokens(completion=1), "counted", False, "server_error")
+    ),
+    "native, error": Streamed(
+        NATIVE, (native("a", 1), native("b", 2), KV_FULL), Result(Tokens(12, None, 2), "usage", False, "server_error")
+    ),
     "responses, error": Streamed(
-        RESPONSES, (response("output_text.delta", delta="a"), KV_FULL), Result(Tokens(completion=1), "counted", False, "server_error")
+        RESPONSES,
+        (response("output_text.delta", delta="a"), KV_FULL),
+        Result(Tokens(completion=1), "counted", False, "server_error"),
     ),
     "messages, Anthropic's error": Streamed(
         MESSAGES,
-        (begin(input_tokens=5), piece("text_delta", text="a"), {"type": "error", "error": {"type": "overloaded_error"}}),
+        (
+            begin(input_tokens=5),
+            piece("text_delta", text="a"),
+            {"type": "error", "error": {"type": "overloaded_error"}},
+        ),
         Result(Tokens(5, None, 1), "counted", False, "overloaded_error"),
     ),
     # vLLM
     "vLLM, one usage at the end": Streamed(
-        CHAT, (chat(usage=None), chat(None, finish="stop", usage=None), {"choices": [], "usage": usage(9, 1)}, DONE),
+        CHAT,
+        (chat(usage=None), chat(None, finish="stop", usage=None), {"choices": [], "usage": usage(9, 1)}, DONE),
         Result(Tokens(9, None, 1), "usage"),
     ),
     "vLLM, continuous_usage_stats": Streamed(
         CHAT,
-        (chat(None, usage=usage(9, 0)), chat(usage=usage(9, 1)), chat(usage=usage(9, 2)), chat(None, finish="stop", usage=usage(9, 2)),
-         {"choices": [], "usage": usage(9, 2)}, DONE),
+        (
+            chat(None, usage=usage(9, 0)),
+            chat(usage=usage(9, 1)),
+            chat(usage=usage(9, 2)),
+            chat(None, finish="stop", usage=usage(9, 2)),
+            {"choices": [], "usage": usage(9, 2)},
+            DONE,
+        ),
         Result(Tokens(9, None, 2), "usage"),
     ),
     "vLLM, continuous_usage_stats, n=2": Streamed(
         CHAT,
-        (chat(usage=usage(9, 1)), chat(index=1, usage=usage(9, 1)), chat(index=1, finish="stop", usage=usage(9, 2)),
-         chat(finish="stop", usage=usage(9, 3)), {"choices": [], "usage": usage(9, 5)}, DONE),
-        Result(Tokens(9, None, 5), "usage"), answers=2,
+        (
+            chat(usage=usage(9, 1)),
+            chat(index=1, usage=usage(9, 1)),
+            chat(index=1, finish="stop", usage=usage(9, 2)),
+            chat(finish="stop", usage=usage(9, 3)),
+            {"choices": [], "usage": usage(9, 5)},
+            DONE,
+        ),
+        Result(Tokens(9, None, 5), "usage"),
+        answers=2,
     ),
     "usage in every chunk, none at the end": Streamed(
-        CHAT, (chat(usage=usage(9, 1)), chat(finish="stop", usage=usage(9, 2)), DONE), Result(Tokens(9, None, 2), "usage")
+        CHAT,
+        (chat(usage=usage(9, 1)), chat(finish="stop", usage=usage(9, 2)), DONE),
+        Result(Tokens(9, None, 2), "usage"),
     ),
     "usage beside the last choice": Streamed(
         CHAT, (chat(), chat(None, finish="stop", usage=usage(9, 2, 4)), DONE), Result(Tokens(9, 4, 2), "usage")
@@ -255,89 +335,153 @@ STREAMED: dict[str, Streamed] = {
     # OpenAI
     "OpenAI, details": Streamed(
         CHAT,
-        (chat(), chat(None, finish="stop"),
-         {"choices": [], "usage": {**usage(9, 20, 4), "completion_tokens_details": {"reasoning_tokens": 16, "audio_tokens": 0}}}, DONE),
+        (
+            chat(),
+            chat(None, finish="stop"),
+            {
+                "choices": [],
+                "usage": {**usage(9, 20, 4), "completion_tokens_details": {"reasoning_tokens": 16, "audio_tokens": 0}},
+            },
+            DONE,
+        ),
         Result(Tokens(9, 4, 20, 16), "usage"),
     ),
-    "OpenAI, no usage asked": Streamed(CHAT, (chat(), chat(), chat(None, finish="stop"), DONE), Result(Tokens(completion=2), "counted")),
+    "OpenAI, no usage asked": Streamed(
+        CHAT, (chat(), chat(), chat(None, finish="stop"), DONE), Result(Tokens(completion=2), "counted")
+    ),
     "null details": Streamed(
         CHAT,
-        ({"choices": [], "usage": {**usage(9, 2), "prompt_tokens_details": None, "completion_tokens_details": None}}, DONE),
+        (
+            {"choices": [], "usage": {**usage(9, 2), "prompt_tokens_details": None, "completion_tokens_details": None}},
+            DONE,
+        ),
         Result(Tokens(9, None, 2), "usage"),
     ),
     "[DONE] alone": Streamed(CHAT, (DONE,), Result(Tokens(), None)),
     "thinking and tool calls are counted": Streamed(
         CHAT,
         (
-            delta(role="assistant", content=None), delta(reasoning_content="hm"), delta(reasoning="hm"), delta(content=""),
-            delta(tool_calls=[{"index": 0, "function": {"arguments": "{"}}]), delta(function_call={"arguments": "{"}), DONE,
+            delta(role="assistant", content=None),
+            delta(reasoning_content="hm"),
+            delta(reasoning="hm"),
+            delta(content=""),
+            delta(tool_calls=[{"index": 0, "function": {"arguments": "{"}}]),
+            delta(function_call={"arguments": "{"}),
+            DONE,
         ),
         Result(Tokens(completion=4), "counted"),
     ),
     "garbage between": Streamed(
-        CHAT, (chat(), "{oops", '"text"', "[]", "", chat(usage={"prompt_tokens": -1}), chat(None, finish="stop", timings=timings(0, 3, 2)), DONE),
+        CHAT,
+        (
+            chat(),
+            "{oops",
+            '"text"',
+            "[]",
+            "",
+            chat(usage={"prompt_tokens": -1}),
+            chat(None, finish="stop", timings=timings(0, 3, 2)),
+            DONE,
+        ),
         Result(Tokens(3, 0, 2), "timings"),
     ),
     # Anthropic
     "Anthropic, cache read and written": Streamed(
         MESSAGES,
-        (begin(input_tokens=3, cache_read_input_tokens=40, cache_creation_input_tokens=7, output_tokens=1),
-         piece("text_delta", text="a"), turn(output_tokens=9), STOP),
+        (
+            begin(input_tokens=3, cache_read_input_tokens=40, cache_creation_input_tokens=7, output_tokens=1),
+            piece("text_delta", text="a"),
+            turn(output_tokens=9),
+            STOP,
+        ),
         Result(Tokens(50, 40, 9), "usage"),
     ),
     "Anthropic, message_delta repeats the prompt": Streamed(
         MESSAGES,
-        (begin(input_tokens=3, cache_read_input_tokens=40, output_tokens=1),
-         turn(input_tokens=5, cache_read_input_tokens=42, cache_creation_input_tokens=0, output_tokens=9), STOP),
+        (
+            begin(input_tokens=3, cache_read_input_tokens=40, output_tokens=1),
+            turn(input_tokens=5, cache_read_input_tokens=42, cache_creation_input_tokens=0, output_tokens=9),
+            STOP,
+        ),
         Result(Tokens(47, 42, 9), "usage"),
     ),
     "message_delta repeats input_tokens only": Streamed(
         MESSAGES,
-        (begin(input_tokens=3, cache_read_input_tokens=40, output_tokens=1), turn(input_tokens=3, output_tokens=9), STOP),
+        (
+            begin(input_tokens=3, cache_read_input_tokens=40, output_tokens=1),
+            turn(input_tokens=3, output_tokens=9),
+            STOP,
+        ),
         Result(Tokens(43, 40, 9), "usage"),
     ),
     "message_delta twice": Streamed(
-        MESSAGES, (begin(input_tokens=3), turn(output_tokens=4), turn(output_tokens=9), STOP), Result(Tokens(3, None, 9), "usage")
+        MESSAGES,
+        (begin(input_tokens=3), turn(output_tokens=4), turn(output_tokens=9), STOP),
+        Result(Tokens(3, None, 9), "usage"),
     ),
     "Anthropic, all kinds of deltas": Streamed(
         MESSAGES,
-        (begin(input_tokens=3, output_tokens=1), piece("text_delta", text="a"), piece("thinking_delta", thinking="a"),
-         piece("input_json_delta", partial_json="{"), piece("input_json_delta", partial_json=""), piece("signature_delta", signature="x"),
-         {"type": "ping"}),
+        (
+            begin(input_tokens=3, output_tokens=1),
+            piece("text_delta", text="a"),
+            piece("thinking_delta", thinking="a"),
+            piece("input_json_delta", partial_json="{"),
+            piece("input_json_delta", partial_json=""),
+            piece("signature_delta", signature="x"),
+            {"type": "ping"},
+        ),
         Result(Tokens(3, None, 3), "counted", finished=False),
     ),
     # responses
     "responses, incomplete": Streamed(
         RESPONSES,
-        (response("output_text.delta", delta="a"), response("incomplete", response={"status": "incomplete", "usage": counts(9, 2, 0, 1)})),
+        (
+            response("output_text.delta", delta="a"),
+            response("incomplete", response={"status": "incomplete", "usage": counts(9, 2, 0, 1)}),
+        ),
         Result(Tokens(9, 0, 2, 1), "usage"),
     ),
     "responses, failed": Streamed(
         RESPONSES,
-        (response("output_text.delta", delta="a"), response("failed", response={"status": "failed", "error": {"code": "server_error"}})),
+        (
+            response("output_text.delta", delta="a"),
+            response("failed", response={"status": "failed", "error": {"code": "server_error"}}),
+        ),
         Result(Tokens(completion=1), "counted", error="server_error"),
     ),
     "responses, error event": Streamed(
-        RESPONSES, ({"type": "error", "code": "rate_limited", "message": "x"},), Result(Tokens(), None, False, "rate_limited")
+        RESPONSES,
+        ({"type": "error", "code": "rate_limited", "message": "x"},),
+        Result(Tokens(), None, False, "rate_limited"),
     ),
     "responses, thinking and tools": Streamed(
         RESPONSES,
-        (response("reasoning_text.delta", delta="a"), response("function_call_arguments.delta", delta="{"), response("output_text.delta", delta="")),
+        (
+            response("reasoning_text.delta", delta="a"),
+            response("function_call_arguments.delta", delta="{"),
+            response("output_text.delta", delta=""),
+        ),
         Result(Tokens(completion=2), "counted", finished=False),
     ),
     # audio
     "audio, tokens": Streamed(
         AUDIO,
-        ({"type": "transcript.text.delta", "delta": "a"},
-         {"type": "transcript.text.done", "usage": {"type": "tokens", "input_tokens": 9, "output_tokens": 2}}),
+        (
+            {"type": "transcript.text.delta", "delta": "a"},
+            {"type": "transcript.text.done", "usage": {"type": "tokens", "input_tokens": 9, "output_tokens": 2}},
+        ),
         Result(Tokens(9, None, 2), "usage"),
     ),
     "audio, no usage": Streamed(
-        AUDIO, ({"type": "transcript.text.delta", "delta": "a"}, {"type": "transcript.text.done"}), Result(Tokens(completion=1), "counted")
+        AUDIO,
+        ({"type": "transcript.text.delta", "delta": "a"}, {"type": "transcript.text.done"}),
+        Result(Tokens(completion=1), "counted"),
     ),
-    "a path nobody knows": Streamed("/v9/x", (chat(), chat(None, finish="stop", usage=usage(9, 2)), DONE), Result(Tokens(9, None, 2), "usage")),
+    "a path nobody knows": Streamed(
+        "/v9/x", (chat(), chat(None, finish="stop", usage=usage(9, 2)), DONE), Result(Tokens(9, None, 2), "usage")
+    ),
     "nothing": Streamed(CHAT, (), NOTHING),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", STREAMED.values(), ids=STREAMED)
@@ -368,29 +512,93 @@ def test_hung_up_after_each_event(case: Streamed) -> None:
 
 
 BODIES: dict[str, tuple[str, Any, Result]] = {
-    "llama chat": (CHAT, chat(finish="stop", usage=usage(48, 6, 47), timings=timings(47, 1, 6)), Result(Tokens(48, 47, 6), "usage")),
-    "OpenAI chat": (CHAT, {"choices": [{"index": 0, "message": {"content": "a b c"}, "finish_reason": "stop"}], "usage": usage(9, 3)}, Result(Tokens(9, None, 3), "usage")),
-    "OpenAI chat, n=2": (CHAT, {"choices": [{"index": i, "finish_reason": "stop"} for i in (0, 1)], "usage": usage(9, 30)}, Result(Tokens(9, None, 30), "usage")),
-    "chat without usage": (CHAT, {"choices": [{"index": 0, "message": {"content": "a b c"}, "finish_reason": "stop"}]}, Result(Tokens(), None)),
+    "llama chat": (
+        CHAT,
+        chat(finish="stop", usage=usage(48, 6, 47), timings=timings(47, 1, 6)),
+        Result(Tokens(48, 47, 6), "usage"),
+    ),
+    "OpenAI chat": (
+        CHAT,
+        {"choices": [{"index": 0, "message": {"content": "a b c"}, "finish_reason": "stop"}], "usage": usage(9, 3)},
+        Result(Tokens(9, None, 3), "usage"),
+    ),
+    "OpenAI chat, n=2": (
+        CHAT,
+        {"choices": [{"index": i, "finish_reason": "stop"} for i in (0, 1)], "usage": usage(9, 30)},
+        Result(Tokens(9, None, 30), "usage"),
+    ),
+    "chat without usage": (
+        CHAT,
+        {"choices": [{"index": 0, "message": {"content": "a b c"}, "finish_reason": "stop"}]},
+        Result(Tokens(), None),
+    ),
     "completions without usage": (COMPLETIONS, text("a b c", finish="stop"), Result(Tokens(), None)),
     "null usage": (CHAT, {"choices": [], "usage": None}, NOTHING),
-    "embeddings": ("/v1/embeddings", {"object": "list", "data": [{"embedding": [0.1], "index": 0}], "usage": usage(5)}, Result(Tokens(5), "usage", False)),
-    "embeddings in base64": ("/v1/embeddings", {"data": [{"embedding": "AACAPw=="}], "usage": usage(5, 0)}, Result(Tokens(5, None, 0), "usage", False)),
+    "embeddings": (
+        "/v1/embeddings",
+        {"object": "list", "data": [{"embedding": [0.1], "index": 0}], "usage": usage(5)},
+        Result(Tokens(5), "usage", False),
+    ),
+    "embeddings in base64": (
+        "/v1/embeddings",
+        {"data": [{"embedding": "AACAPw=="}], "usage": usage(5, 0)},
+        Result(Tokens(5, None, 0), "usage", False),
+    ),
     "embeddings, without v1": ("/embeddings", {"data": [], "usage": usage(5)}, Result(Tokens(5), "usage", False)),
     "native embedding": ("/embedding", [{"index": 0, "embedding": [[0.1]]}], NOTHING),
-    "rerank": ("/v1/rerank", {"results": [{"index": 0, "relevance_score": 0.5}], "usage": usage(38)}, Result(Tokens(38), "usage", False)),
+    "rerank": (
+        "/v1/rerank",
+        {"results": [{"index": 0, "relevance_score": 0.5}], "usage": usage(38)},
+        Result(Tokens(38), "usage", False),
+    ),
     "rerank, a bare list": ("/rerank", [{"index": 0, "score": 0.5}], NOTHING),
     "native": (NATIVE, native("a b", 4, True, timings=timings(11, 1, 4)), Result(Tokens(12, 11, 4), "usage")),
-    "native, two answers": (NATIVE, [native("a", 4, True), native("b", 5, True, 1)], Result(Tokens(12, None, 9), "usage")),
-    "messages": (MESSAGES, {"type": "message", "usage": {"cache_read_input_tokens": 47, "input_tokens": 1, "output_tokens": 4}}, Result(Tokens(48, 47, 4), "usage", False)),
-    "messages, null cache": (MESSAGES, {"type": "message", "usage": {"cache_read_input_tokens": None, "input_tokens": 1, "output_tokens": 4}}, Result(Tokens(1, None, 4), "usage", False)),
+    "native, two answers": (
+        NATIVE,
+        [native("a", 4, True), native("b", 5, True, 1)],
+        Result(Tokens(12, None, 9), "usage"),
+    ),
+    "messages": (
+        MESSAGES,
+        {"type": "message", "usage": {"cache_read_input_tokens": 47, "input_tokens": 1, "output_tokens": 4}},
+        Result(Tokens(48, 47, 4), "usage", False),
+    ),
+    "messages, null cache": (
+        MESSAGES,
+        {"type": "message", "usage": {"cache_read_input_tokens": None, "input_tokens": 1, "output_tokens": 4}},
+        Result(Tokens(1, None, 4), "usage", False),
+    ),
     "count_tokens": ("/v1/messages/count_tokens", {"input_tokens": 23}, Result(Tokens(23), "usage", False)),
-    "chat's input_tokens": ("/v1/chat/completions/input_tokens", {"input_tokens": 23, "object": "x"}, Result(Tokens(23), "usage", False)),
-    "responses' input_tokens": ("/v1/responses/input_tokens", {"input_tokens": 23, "object": "x"}, Result(Tokens(23), "usage", False)),
-    "responses": (RESPONSES, {"status": "completed", "usage": counts(48, 4, 47, 2)}, Result(Tokens(48, 47, 4, 2), "usage")),
-    "responses, incomplete": (RESPONSES, {"status": "incomplete", "usage": counts(48, 4, 47)}, Result(Tokens(48, 47, 4), "usage")),
-    "responses, failed": (RESPONSES, {"status": "failed", "error": {"code": "server_error"}, "usage": None}, Result(Tokens(), None, False, "server_error")),
-    "audio, tokens": (AUDIO, {"text": "a", "usage": {"type": "tokens", "input_tokens": 9, "output_tokens": 2}}, Result(Tokens(9, None, 2), "usage", False)),
+    "chat's input_tokens": (
+        "/v1/chat/completions/input_tokens",
+        {"input_tokens": 23, "object": "x"},
+        Result(Tokens(23), "usage", False),
+    ),
+    "responses' input_tokens": (
+        "/v1/responses/input_tokens",
+        {"input_tokens": 23, "object": "x"},
+        Result(Tokens(23), "usage", False),
+    ),
+    "responses": (
+        RESPONSES,
+        {"status": "completed", "usage": counts(48, 4, 47, 2)},
+        Result(Tokens(48, 47, 4, 2), "usage"),
+    ),
+    "responses, incomplete": (
+        RESPONSES,
+        {"status": "incomplete", "usage": counts(48, 4, 47)},
+        Result(Tokens(48, 47, 4), "usage"),
+    ),
+    "responses, failed": (
+        RESPONSES,
+        {"status": "failed", "error": {"code": "server_error"}, "usage": None},
+        Result(Tokens(), None, False, "server_error"),
+    ),
+    "audio, tokens": (
+        AUDIO,
+        {"text": "a", "usage": {"type": "tokens", "input_tokens": 9, "output_tokens": 2}},
+        Result(Tokens(9, None, 2), "usage", False),
+    ),
     "audio, seconds": (AUDIO, {"text": "a", "usage": {"type": "duration", "seconds": 7}}, NOTHING),
     "an empty usage says nothing": (CHAT, {"usage": {}}, NOTHING),
     "timings of something else": ("/x", {"timings": {"save_ms": 1}}, NOTHING),
@@ -398,7 +606,7 @@ BODIES: dict[str, tuple[str, Any, Result]] = {
     "a count of text": (CHAT, {"usage": {"prompt_tokens": "7"}}, NOTHING),
     "not JSON": (AUDIO, "WEBVTT\n\n00:00", NOTHING),
     "empty": (CHAT, "", NOTHING),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("path", "body", "expected"), BODIES.values(), ids=BODIES)
@@ -433,7 +641,11 @@ def test_error_answers_have_a_name(path: str, body: Any, code: str) -> None:
 
 def test_an_event_that_is_not_utf8_costs_that_event_only() -> None:
     relay = relay_of(CHAT, True)
-    raw = sse(chat()) + b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n' + sse(chat(None, finish="stop", timings=timings(0, 3, 2)), DONE)
+    raw = (
+        sse(chat())
+        + b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n'
+        + sse(chat(None, finish="stop", timings=timings(0, 3, 2)), DONE)
+    )
     assert relay.feed(raw) == raw
     relay.close()
     assert result_of(relay.tally) == Result(Tokens(3, 0, 2), "timings")
@@ -472,11 +684,12 @@ def documents(recording: Recording) -> list[Any]:
 def has_content(document: dict[str, Any]) -> bool:
     choice = (document.get("choices") or [{}])[0]
     said = choice.get("delta") or {}
-    block = document.get("delta") if isinstance(document.get("delta"), dict) else {}
+    delta = document.get("delta")
+    block = delta if isinstance(delta, dict) else {}
     pieces = [choice.get("text") if "delta" in choice or "finish_reason" in choice else None]
     pieces += [said.get(name) for name in ("content", "reasoning_content", "tool_calls")]
     pieces += [block.get(name) for name in ("text", "thinking", "partial_json")]
-    pieces.append(document["delta"] if isinstance(document.get("delta"), str) else None)
+    pieces.append(delta if isinstance(delta, str) else None)
     return any(pieces)
 
 
@@ -487,7 +700,7 @@ def expected_of(recording: Recording) -> Result:
     deltas = 0
     found = [document for document in documents(recording) if isinstance(document, dict)]
     for document in found:
-        if "error" in document or "message" in document and "code" in document:
+        if "error" in document or ("message" in document and "code" in document):
             error = str((document.get("error") or document)["type"])
         deltas += recording.streamed and has_content(document)
         for holder in (document, document.get("message") or {}, document.get("response") or {}):
@@ -502,7 +715,11 @@ def expected_of(recording: Recording) -> Result:
             said["prompt_tokens"], source = document["input_tokens"], "usage"
         if source is None and "predicted_n" in document.get("timings", {}):
             clock = document["timings"]
-            said = {"prompt_tokens": clock["cache_n"] + clock["prompt_n"], "completion_tokens": clock["predicted_n"], "cached": clock["cache_n"]}
+            said = {
+                "prompt_tokens": clock["cache_n"] + clock["prompt_n"],
+                "completion_tokens": clock["predicted_n"],
+                "cached": clock["cache_n"],
+            }
     source = source or ("timings" if said else None)
     details = said.get("prompt_tokens_details") or said.get("input_tokens_details") or {}
     prompt = said.get("prompt_tokens", said.get("input_tokens"))
@@ -526,6 +743,11 @@ def test_recorded_answers(recording: Recording) -> None:
         relay.close()
         assert relay.finish() == b""
         found = result_of(relay.tally)
-        assert (seed, found.tokens, found.source, found.error) == (seed, expected.tokens, expected.source, expected.error)
+        assert (seed, found.tokens, found.source, found.error) == (
+            seed,
+            expected.tokens,
+            expected.source,
+            expected.error,
+        )
         assert relay.lacks_end_mark == (recording.streamed and recording.name.startswith("mid_error"))
         assert relay.response_bytes == len(body)

@@ -1,6 +1,7 @@
 """What is read of a request's body, and that a change of one value leaves every other byte alone."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,9 +90,12 @@ RENAMED: dict[str, tuple[bytes, bytes]] = {
         b'{"x":{"model":"a"},"y":[{"model":"b"}],"z":"\\"model\\":","model":"c"}',
         b'{"x":{"model":"a"},"y":[{"model":"b"}],"z":"\\"model\\":","model":"new"}',
     ),
-    "numbers as they are": (b'{"a":1.0e+2,"b":9999999999999999999999,"model":"m"}', b'{"a":1.0e+2,"b":9999999999999999999999,"model":"new"}'),
+    "numbers as they are": (
+        b'{"a":1.0e+2,"b":9999999999999999999999,"model":"m"}',
+        b'{"a":1.0e+2,"b":9999999999999999999999,"model":"new"}',
+    ),
     "not UTF-8 elsewhere": (b'{"x":"\xff","model":"m"}', b'{"x":"\xff","model":"new"}'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("body", "expected"), RENAMED.values(), ids=RENAMED)
@@ -142,7 +146,7 @@ spaces = st.text(" \t\r\n", max_size=2)
 @st.composite
 def written(draw: st.DrawFn, document: dict[str, Any]) -> list[tuple[str, bytes, bytes]]:
     """A document's members in some spelling: (name, bytes up to the value, the value's bytes)."""
-    parts = []
+    parts: list[tuple[str, bytes, bytes]] = []
     for name, value in document.items():
         key = json.dumps(name, ensure_ascii=draw(st.booleans()))
         text = json.dumps(value, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
@@ -151,7 +155,7 @@ def written(draw: st.DrawFn, document: dict[str, Any]) -> list[tuple[str, bytes,
     return parts
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[Callable[[bytes], bytes], Callable[[Any], Any]]] = {
     "model": (lambda body: with_model(body, "new"), lambda _: "new"),
     "stream_options": (
         with_usage_asked,
@@ -231,10 +235,18 @@ FORMS: dict[str, tuple[bytes, str, str | None]] = {
     "a field": (form(MODEL), CONTENT_TYPE, "whisper"),
     "no such field": (form((FILE.format("a.wav"), "RIFF")), CONTENT_TYPE, None),
     "behind a file": (form((FILE.format("a.wav"), "RIFF"), MODEL), CONTENT_TYPE, "whisper"),
-    "quoted boundary": (form(MODEL, boundary="a b:c", end="--a b:c--"), 'multipart/form-data; boundary="a b:c"', "whisper"),
+    "quoted boundary": (
+        form(MODEL, boundary="a b:c", end="--a b:c--"),
+        'multipart/form-data; boundary="a b:c"',
+        "whisper",
+    ),
     "boundary not last": (form(MODEL), "multipart/form-data; boundary=B; charset=utf-8", "whisper"),
     "parameter in capitals": (form(MODEL), "Multipart/Form-Data; BOUNDARY=B", "whisper"),
-    "boundary of regex signs": (form(MODEL, boundary="a.*", end="--a.*--"), "multipart/form-data; boundary=a.*", "whisper"),
+    "boundary of regex signs": (
+        form(MODEL, boundary="a.*", end="--a.*--"),
+        "multipart/form-data; boundary=a.*",
+        "whisper",
+    ),
     "another parameter that ends like it": (form(MODEL), "multipart/form-data; x-boundary=A; boundary=B", "whisper"),
     "name without quotes": (form(("content-disposition: form-data; name=model", "m")), CONTENT_TYPE, "m"),
     "more headers": (form(("X-A: b\r\n" + MODEL[0] + "\r\nContent-Type: text/plain", "m")), CONTENT_TYPE, "m"),
@@ -242,17 +254,33 @@ FORMS: dict[str, tuple[bytes, str, str | None]] = {
     "several lines": (form((MODEL[0], "a\r\nb")), CONTENT_TYPE, "a\r\nb"),
     "preamble": (b"hello\r\n" + form(MODEL), CONTENT_TYPE, "whisper"),
     "space behind the boundary": (form(MODEL).replace(b"--B\r\n", b"--B \t\r\n"), CONTENT_TYPE, "whisper"),
-    "a longer boundary in a file": (form((FILE.format("a"), "x\r\n--Bx\r\n" + MODEL[0] + "\r\n\r\nfake"), MODEL), CONTENT_TYPE, "whisper"),
+    "a longer boundary in a file": (
+        form((FILE.format("a"), "x\r\n--Bx\r\n" + MODEL[0] + "\r\n\r\nfake"), MODEL),
+        CONTENT_TYPE,
+        "whisper",
+    ),
     "a field's head in a file": (form((FILE.format("a"), MODEL[0] + "\r\n\r\nfake"), MODEL), CONTENT_TYPE, "whisper"),
-    "a boundary within a line": (form((FILE.format("a"), "x--B\r\n" + MODEL[0] + "\r\n\r\nfake"), MODEL), CONTENT_TYPE, "whisper"),
+    "a boundary within a line": (
+        form((FILE.format("a"), "x--B\r\n" + MODEL[0] + "\r\n\r\nfake"), MODEL),
+        CONTENT_TYPE,
+        "whisper",
+    ),
     "a file named like it": (form((FILE.format("x; name=model"), "fake"), MODEL), CONTENT_TYPE, "whisper"),
-    "a filename with name=, in front": (form(('Content-Disposition: form-data; filename="; name=model ;"; name="file"', "fake"), MODEL), CONTENT_TYPE, "whisper"),
-    "name= in another header": (form(('X-Note: a; name=model\r\nContent-Disposition: form-data; name="file"', "fake"), MODEL), CONTENT_TYPE, "whisper"),
+    "a filename with name=, in front": (
+        form(('Content-Disposition: form-data; filename="; name=model ;"; name="file"', "fake"), MODEL),
+        CONTENT_TYPE,
+        "whisper",
+    ),
+    "name= in another header": (
+        form(('X-Note: a; name=model\r\nContent-Disposition: form-data; name="file"', "fake"), MODEL),
+        CONTENT_TYPE,
+        "whisper",
+    ),
     "a part behind the end": (form((FILE.format("a"), "RIFF")) + b"\r\n" + form(MODEL), CONTENT_TYPE, None),
     "LF only": (form(MODEL).replace(b"\r\n", b"\n"), CONTENT_TYPE, None),
     "no end": (form(MODEL, end=""), CONTENT_TYPE, None),
     "no body": (b"", CONTENT_TYPE, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("body", "content_type", "model"), FORMS.values(), ids=FORMS)
@@ -260,7 +288,9 @@ def test_read_multipart(body: bytes, content_type: str, model: str | None) -> No
     assert read_multipart(body, content_type) == Asked(kind="form", model=model)
 
 
-@pytest.mark.parametrize(("value", "stream"), [("true", True), ("True", True), ("1", True), ("false", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "stream"), [("true", True), ("True", True), ("1", True), ("false", False), ("", False)]
+)
 def test_streamed_forms(value: str, stream: bool) -> None:
     body = form(('Content-Disposition: form-data; name="stream"', value))
     assert read_multipart(body, CONTENT_TYPE) == Asked(kind="form", stream=stream)

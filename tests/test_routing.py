@@ -1,0 +1,198 @@
+"""From a model's name to a claimed server."""
+
+from pathlib import Path
+
+import pytest
+
+from gateway.auth import Caller
+from gateway.config import Config, Server
+from gateway.exchange import Exchange
+from gateway.patterns import Pattern
+from gateway.replies import Refusal
+from gateway.routing import MAX_MODEL_NAME, Claim, Router, least_busy
+from gateway.routing import Server as Upstream
+from gateway.service import Service
+
+
+def router(*servers: str, aliases: dict[str, str] | None = None, default: str | None = None) -> Router:
+    """Servers as "NAME MODEL MODEL…", a name alone for one that has not told its models yet."""
+    records = []
+    for server in servers:
+        name, *models = server.split()
+        records.append(Server(name, f"http://{name}:1", models=tuple(models) or None))
+    return Router(Config(tuple(records), aliases=aliases or {}, default_model=default, data=Path("data")))
+
+
+ALIASES = {"fast": "m", "m2": "n", "gpt-*": "m", "/claude-.*/": "n", "gpt-4*": "n"}
+RESOLVED = {
+    "a model": ("m", "m"),
+    "an alias": ("fast", "m"),
+    "an alias beats a model": ("m2", "n"),
+    "a wildcard": ("gpt-3", "m"),
+    "the first pattern": ("gpt-4", "m"),
+    "a regular expression": ("claude-x", "n"),
+    "the longest name that patterns see": ("gpt-" + "x" * (MAX_MODEL_NAME - 4), "m"),
+}
+
+
+@pytest.mark.parametrize(("asked", "model"), RESOLVED.values(), ids=RESOLVED)
+def test_resolve(asked: str, model: str) -> None:
+    assert router("a m m2", "b n", aliases=ALIASES).resolve(asked) == model
+
+
+UNKNOWN = {
+    "no such model": "x",
+    "empty": "",
+    "another case": "M",
+    "half an alias": "fas",
+    "a pattern's own text": "/claude-.*/x",
+    "too long for patterns": "gpt-" + "x" * MAX_MODEL_NAME,
+}
+
+
+@pytest.mark.parametrize("asked", UNKNOWN.values(), ids=UNKNOWN)
+def test_resolve_refuses(asked: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        router("a m m2", "b n", aliases=ALIASES).resolve(asked)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
+    assert len(caught.value.message) < 300
+
+
+MISSING: dict[str, tuple[Router, str | None]] = {
+    "the only model": (router("a m", "b m"), "m"),
+    "the default": (router("a m n", default="n"), "n"),
+    "the default is an alias": (router("a m n", aliases={"fast": "n"}, default="fast"), "n"),
+    "nothing to choose from": (router("a"), None),
+}
+
+
+@pytest.mark.parametrize(("chooser", "model"), MISSING.values(), ids=MISSING)
+def test_no_model_named(chooser: Router, model: str | None) -> None:
+    assert chooser.resolve(None) == model
+
+
+def test_no_model_named_and_several_to_choose_from() -> None:
+    with pytest.raises(Refusal) as caught:
+        router("a m", "b n").resolve(None)
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+def test_no_server_has_told_its_models() -> None:
+    with pytest.raises(Refusal) as caught:
+        router("a").resolve("m")
+    assert (caught.value.status, caught.value.code) == (503, "no_server_available")
+    assert caught.value.headers == {"retry-after": "5"}
+
+
+def test_learn() -> None:
+    routes = router("a", "b m")
+    assert list(routes.models()) == ["m"]
+    routes.servers[0].models = ("n", "m")
+    routes.learn()
+    assert {model: [s.name for s in servers] for model, servers in routes.models().items()} == {
+        "n": ["a"],
+        "m": ["a", "b"],
+    }
+
+
+VISIBLE = {
+    "models, then plain aliases": ({}, [("m", "m"), ("m2", "m2"), ("n", "n"), ("fast", "m")]),
+    "one of two servers down": ({"a": False}, [("m", "m"), ("n", "n"), ("fast", "m")]),
+    "both down": ({"a": False, "b": False, "c": True}, [("n", "n")]),
+}
+
+
+@pytest.mark.parametrize(("up", "expected"), VISIBLE.values(), ids=VISIBLE)
+def test_visible(up: dict[str, bool], expected: list[tuple[str, str]]) -> None:
+    routes = router("a m m2", "b m", "c n", aliases={"fast": "m", "gpt-*": "m", "gone": "x"})
+    for server in routes.servers:
+        server.up = up.get(server.name)
+    assert list(routes.visible()) == expected
+
+
+def test_a_name_is_visible_once() -> None:
+    names = [name for name, _ in router("a m n", aliases={"m": "n"}).visible()]
+    assert sorted(names) == ["m", "n"]
+
+
+def test_pick_claims_the_least_busy() -> None:
+    routes = router("a m", "b m", "c n")
+    claims = [routes.pick("m") for _ in range(4)]
+    assert [claim.server.name for claim in claims] == ["a", "b", "a", "b"]
+    claims[1].release()
+    claims[1].release()
+    assert [server.running for server in routes.servers] == [2, 1, 0]
+    assert routes.pick("m").server.name == "b"
+    assert routes.pick(None).server.name == "c"
+
+
+WEIGHTS = {
+    "equal": ([1, 1], [0, 0], 0),
+    "a heavier one": ([1, 2], [0, 0], 1),
+    "in proportion": ([1, 3], [0, 2], 0),
+    "a small one": ([0.5, 1], [0, 1], 0),
+}
+
+
+@pytest.mark.parametrize(("weights", "running", "expected"), WEIGHTS.values(), ids=WEIGHTS)
+def test_least_busy(weights: list[float], running: list[int], expected: int) -> None:
+    servers = [Upstream(Server("s", "http://h", weight=weight)) for weight in weights]
+    for server, count in zip(servers, running, strict=True):
+        for _ in range(count):
+            Claim(server)
+    assert least_busy(servers) is servers[expected]
+
+
+DOWN = {
+    "one down": ({"a": False}, [], "b"),
+    "all down: the least busy all the same": ({"a": False, "b": False}, [], "a"),
+    "not tried yet counts as up": ({"b": True}, [], "a"),
+    "tried": ({}, ["a"], "b"),
+    "tried, and the other down": ({"b": False}, ["a"], "b"),
+}
+
+
+@pytest.mark.parametrize(("up", "tried", "expected"), DOWN.values(), ids=DOWN)
+def test_pick_with_servers_down(up: dict[str, bool], tried: list[str], expected: str) -> None:
+    routes = router("a m", "b m")
+    for server in routes.servers:
+        server.up = up.get(server.name)
+    picked = routes.pick("m", [server for server in routes.servers if server.name in tried])
+    assert picked.server.name == expected
+
+
+@pytest.mark.parametrize("model", ["m", "nobody's"])
+def test_nothing_left_to_pick(model: str) -> None:
+    routes = router("a m")
+    with pytest.raises(Refusal) as caught:
+        routes.pick(model, routes.servers)
+    assert (caught.value.status, caught.value.code) == (503, "no_server_available")
+    assert routes.servers[0].running == 0
+
+
+URLS = {
+    "http://h": ("http", "h", 80, "", "h"),
+    "http://h:8080/": ("http", "h", 8080, "", "h:8080"),
+    "https://h": ("https", "h", 443, "", "h"),
+    "https://h:80/llm/": ("https", "h", 80, "/llm", "h:80"),
+    "http://[::1]:8080": ("http", "::1", 8080, "", "[::1]:8080"),
+    "http://[::1]": ("http", "::1", 80, "", "[::1]"),
+}
+
+
+@pytest.mark.parametrize(("url", "expected"), URLS.items())
+def test_urls(url: str, expected: tuple[str, str, int, str, str]) -> None:
+    server = Upstream(Server("s", url))
+    assert (server.scheme, server.host, server.port, server.path_prefix, server.authority) == expected
+
+
+def test_a_key_for_some_models_gets_none_that_nobody_knows(tmp_path: Path) -> None:
+    """No model named, none told yet: that leaves nothing this key is known to be allowed."""
+    service = Service(Config((Server("a", "http://a:1"),), data=tmp_path))
+    caller = Caller(1, "bob", (Pattern("only-this"),))
+    one = Exchange("id", caller, "/v1/chat/completions", "/v1/chat/completions", "2026", 0.0, "w", 10)
+    try:
+        with pytest.raises(Refusal):
+            service.choose(one)
+    finally:
+        service.close()
