@@ -11,9 +11,9 @@ MODULES = {path.stem: path for path in sorted((ADDON / "gateway").glob("*.py")) 
 MAX_LINES = 400
 
 MAY_IMPORT = {
-    "mitmproxy": {"hooks", "layers", "connections", "startup"},
-    "sqlite3": {"ledger", "schema", "keystore"},
-    "sqlite_utils": {"ledger", "schema", "keystore"},
+    "mitmproxy": {"connections", "dispatch", "hooks", "layers", "startup"},
+    "sqlite3": {"database", "keystore", "ledger"},
+    "sqlite_utils": {"database", "keystore", "ledger", "schema"},
     "yaml": {"config"},
     "httpx": {"discovery"},
 }

@@ -111,6 +111,10 @@ def test_the_console(tmp_path: Path, confdir: Path, tiny: LlamaServer) -> None:
         while select.select([terminal], [], [], 0)[0]:
             screen.extend(os.read(terminal, 1 << 16))
 
+    def shown() -> bool:
+        drain()
+        return b"completions" in screen
+
     def healthy() -> bool:
         drain()
         return process.poll() is None and proxy.healthy()
@@ -124,7 +128,7 @@ def test_the_console(tmp_path: Path, confdir: Path, tiny: LlamaServer) -> None:
         assert answer.content.endswith(b"data: [DONE]\n\n")
         (row,) = proxy.rows()
         assert (row["outcome"], row["completion_tokens"]) == ("ok", 5)
-        eventually(lambda: drain() or b"completions" in screen, "the flow on the screen")
+        eventually(shown, "the flow on the screen")
     finally:
         process.terminate()
         with closing(os.fdopen(terminal, "rb", closefd=True)):

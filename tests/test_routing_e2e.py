@@ -1,8 +1,9 @@
-"""Which server a request goes to, end to end: models, aliases, keys, servers that go and come back, and every refusal."""
+"""Which server a request goes to, end to end: models, aliases, keys, servers that come and go, every refusal."""
 
 import json
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import StartLlama, StartProxy
 from llama import LlamaServer, Model
 from proxy import Key, Proxy, Row, free_port
 from rawhttp import Answer, Connection, ask, post, request
-from upstream import CLOSE, MODELS, OK, RESET, STALL, Behaviour, Upstream, chunk, cut, head, reply, stream
+from upstream import CLOSE, MODELS, OK, RESET, STALL, Behaviour, Request, Upstream, chunk, cut, head, reply, stream
 from waiting import eventually
 
 CHAT = "/v1/chat/completions"
@@ -55,7 +56,9 @@ def other() -> Iterator[Upstream]:
 def proxy(
     tmp_path_factory: pytest.TempPathFactory, confdir: Path, llama: Callable[[str], LlamaServer], other: Upstream
 ) -> Iterator[Proxy]:
-    servers = [{"name": f"real {name}", "url": llama(name).url} for name in ("tiny", "think", "embeddings")]
+    servers: list[dict[str, Any]] = [
+        {"name": f"real {name}", "url": llama(name).url} for name in ("tiny", "think", "embeddings")
+    ]
     servers.append({"name": "other", "url": other.url, "models": ["named", "second", "gpt-4"], "type": "llama.cpp"})
     folder = tmp_path_factory.mktemp("routing")
     with Proxy(folder, servers, aliases=ALIASES, max_body_mb=0.02, confdir=confdir) as proxy:
@@ -93,9 +96,9 @@ def alice(proxy: Proxy) -> Key:
     ],
 )
 def test_models_and_aliases(proxy: Proxy, alice: Key, other: Upstream, asked: str, served: str | None) -> None:
-    path, body = (CHAT, {"messages": MESSAGES, "max_tokens": 3})
+    path, body = CHAT, {"messages": MESSAGES, "max_tokens": 3}
     if served == "embeddings":
-        path, body = "/v1/embeddings", {"input": "a"}  # type: ignore[dict-item]
+        path, body = "/v1/embeddings", {"input": "a"}
     answer = post(proxy.port, path, alice, {"model": asked, **body})
     row = last(proxy, "model", "served_model", "outcome", "status", "error_code")
     if served is None:
@@ -287,6 +290,44 @@ def two(start_proxy: StartProxy, first: Upstream, second: Upstream, **more: Any)
     return start_proxy(servers, **more)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A proxy in front of two servers of one model. Between equals the first is taken."""
+
+    proxy: Proxy
+    key: Key
+    first: Upstream
+    second: Upstream
+    before: dict[Upstream, int]
+
+    def sent(self, server: Upstream) -> list[Request]:
+        """What this test sent to it."""
+        return [got for got in server.requests[self.before[server] :] if got.method == "POST"]
+
+    def settled(self) -> Row:
+        """The last row, when it is settled."""
+        return self.proxy.wait_rows(len(self.proxy.rows()))[-1]
+
+
+@pytest.fixture(scope="module")
+def long_lived(tmp_path_factory: pytest.TempPathFactory, confdir: Path) -> Iterator[Pair]:
+    with Upstream() as first, Upstream() as second:
+        servers = [
+            {"name": "first", "url": first.url, "models": ["tiny"]},
+            {"name": "second", "url": second.url, "models": ["tiny"]},
+        ]
+        with Proxy(tmp_path_factory.mktemp("pair"), servers, confdir=confdir) as proxy:
+            yield Pair(proxy, proxy.create_key("alice"), first, second, {})
+        assert "Traceback" not in proxy.log()
+
+
+@pytest.fixture
+def pair(long_lived: Pair) -> Pair:
+    """The same for all tests: they leave no server down."""
+    before = {server: len(server.requests) for server in (long_lived.first, long_lived.second)}
+    return replace(long_lived, before=before)
+
+
 def test_200_streams_over_one_connection(start_proxy: StartProxy, start_llama: StartLlama) -> None:
     """llama-server closes its connection after each of them, and says that it keeps it."""
     server = start_llama(Model(), "--alias", "tiny")
@@ -318,35 +359,26 @@ FAULTS: dict[str, Behaviour] = {"closed": CLOSE, "reset": RESET}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_used_connection_that_closes_is_tried_again(start_proxy: StartProxy, upstream: Upstream, fault: str) -> None:
+def test_a_used_connection_that_closes_is_tried_again(pair: Pair, fault: str) -> None:
     """The server had kept it after the last answer; the request goes to the same server, over a fresh one."""
-    proxy = start_proxy([{"name": "only", "url": upstream.url, "models": ["tiny"]}])
-    key = proxy.create_key("alice")
-    upstream.plan(OK, FAULTS[fault], OK)
-    with Connection(proxy.port) as connection:
-        for _ in range(2):
-            assert connection.ask(request("POST", CHAT, key, b'{"model":"tiny"}')).status == 200
-    rows = proxy.query("select outcome, attempts, server from requests order by id")
-    assert [tuple(row.values()) for row in rows] == [("ok", 1, "only"), ("ok", 2, "only")]
-    first, second, third = (got for got in upstream.requests if got.method == "POST")
+    pair.first.plan(OK, FAULTS[fault], OK)
+    with Connection(pair.proxy.port) as connection:
+        for attempts in (1, 2):
+            assert connection.ask(request("POST", CHAT, pair.key, b'{"model":"tiny"}')).status == 200
+            assert last(pair.proxy, "outcome", "attempts", "server") == ("ok", attempts, "first")
+    first, second, third = pair.sent(pair.first)
     assert first.connection == second.connection != third.connection
     assert second.body == third.body
+    assert not pair.sent(pair.second)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fresh_connection_that_closes_is_tried_on_another_server(
-    start_proxy: StartProxy, start_upstream: Callable[[], Upstream], fault: str
-) -> None:
-    first, second = start_upstream(), start_upstream()
-    proxy = two(start_proxy, first, second)
-    key = proxy.create_key("alice")
-    first.plan(FAULTS[fault])
-    answer = chat(proxy.port, key, "tiny")
-    assert answer.status == 200
-    assert last(proxy, "outcome", "attempts", "server", "status") == ("ok", 2, "second", 200)
-    sent = [[got.body for got in server.requests if got.method == "POST"] for server in (first, second)]
-    assert sent[0] == sent[1]
-    assert len(sent[0]) == 1
+def test_a_fresh_connection_that_closes_is_tried_on_another_server(pair: Pair, fault: str) -> None:
+    pair.first.plan(FAULTS[fault])
+    assert chat(pair.proxy.port, pair.key, "tiny").status == 200
+    assert last(pair.proxy, "outcome", "attempts", "server", "status") == ("ok", 2, "second", 200)
+    (one,), (other,) = pair.sent(pair.first), pair.sent(pair.second)
+    assert one.body == other.body
 
 
 def test_a_refused_connection_is_tried_on_another_server(
@@ -382,17 +414,12 @@ AFTER_A_BYTE: dict[str, Behaviour] = {
 
 
 @pytest.mark.parametrize("fault", AFTER_A_BYTE)
-def test_nothing_is_sent_twice_after_a_byte(
-    start_proxy: StartProxy, start_upstream: Callable[[], Upstream], fault: str
-) -> None:
-    first, second = start_upstream(), start_upstream()
-    proxy = two(start_proxy, first, second)
-    key = proxy.create_key("alice")
-    first.plan(AFTER_A_BYTE[fault])
-    answer = chat(proxy.port, key, "tiny")
-    (row,) = proxy.wait_rows(1)
-    sent = [got for server in (first, second) for got in server.requests if got.method == "POST"]
-    assert (len(sent), row["attempts"], row["server"]) == (1, 1, "first")
+def test_nothing_is_sent_twice_after_a_byte(pair: Pair, fault: str) -> None:
+    pair.first.plan(AFTER_A_BYTE[fault])
+    answer = chat(pair.proxy.port, pair.key, "tiny")
+    row = pair.settled()
+    assert (len(pair.sent(pair.first)), len(pair.sent(pair.second))) == (1, 0)
+    assert (row["attempts"], row["server"]) == (1, "first")
     if fault in ("500", "503"):
         assert (answer.status, answer.json()) == (int(fault), {"error": {"message": "mine"}})
         assert row["outcome"] == "error"
@@ -479,19 +506,16 @@ def test_a_server_killed_under_a_stream(start_proxy: StartProxy, start_llama: St
     assert row["completion_tokens"] > 0
 
 
-def test_the_least_busy_server_is_taken(start_proxy: StartProxy, start_upstream: Callable[[], Upstream]) -> None:
-    first, second = start_upstream(), start_upstream()
-    proxy = two(start_proxy, first, second)
-    key = proxy.create_key("alice")
-    first.plan((STALL, OK))
-    second.plan((STALL, OK))
-    data = request("POST", CHAT, key, b'{"model":"tiny"}')
-    with Connection(proxy.port) as one, Connection(proxy.port) as other:
-        for connection, server in ((one, first), (other, second)):
+def test_the_least_busy_server_is_taken(pair: Pair) -> None:
+    pair.first.plan((STALL, OK))
+    pair.second.plan((STALL, OK))
+    data = request("POST", CHAT, pair.key, b'{"model":"tiny"}')
+    with Connection(pair.proxy.port) as one, Connection(pair.proxy.port) as other:
+        for connection, server in ((one, pair.first), (other, pair.second)):
             connection.sock.sendall(data)
             server.wait_stalled()
-        first.release()
-        second.release()
+        pair.first.release()
+        pair.second.release()
         assert (one.answer().status, other.answer().status) == (200, 200)
 
 
@@ -530,29 +554,25 @@ def test_health(proxy: Proxy) -> None:
         assert answer.json()["servers"] == {"total": 4, "up": 4}
 
 
-def test_a_client_leaves_before_the_first_byte(start_proxy: StartProxy, start_upstream: Callable[[], Upstream]) -> None:
+def test_a_client_leaves_before_the_first_byte(pair: Pair) -> None:
     """Its server learns of it at once, no other server is bothered, and its claim is given back."""
-    first, second = start_upstream(), start_upstream()
-    proxy = two(start_proxy, first, second)
-    key = proxy.create_key("alice")
-    first.plan(STALL)
-    with Connection(proxy.port) as connection:
-        connection.sock.sendall(request("POST", CHAT, key, b'{"model":"tiny"}'))
-        first.wait_stalled()
-    first.wait_left()
-    (row,) = proxy.wait_rows(1)
+    pair.first.plan(STALL)
+    left = len(pair.first.left)
+    with Connection(pair.proxy.port) as connection:
+        connection.sock.sendall(request("POST", CHAT, pair.key, b'{"model":"tiny"}'))
+        pair.first.wait_stalled()
+    pair.first.wait_left(left + 1)
+    row = pair.settled()
     assert (row["outcome"], row["attempts"], row["status"]) == ("client_closed", 1, None)
-    assert ask(proxy.port, request("GET", "/health")).json()["running"] == 0
-    assert not [got for got in second.requests if got.method == "POST"]
+    assert ask(pair.proxy.port, request("GET", "/health")).json()["running"] == 0
+    assert not pair.sent(pair.second)
 
 
-def test_pieces_of_a_head(start_proxy: StartProxy, upstream: Upstream) -> None:
+def test_pieces_of_a_head(pair: Pair) -> None:
     """A request and an answer that come one byte after the other are what they are."""
-    proxy = start_proxy([{"name": "one", "url": upstream.url, "models": ["tiny"]}])
-    key = proxy.create_key("alice")
-    upstream.plan(cut(OK, *range(1, len(OK))))
-    with Connection(proxy.port) as connection:
+    pair.first.plan(cut(OK, *range(1, len(OK))))
+    with Connection(pair.proxy.port) as connection:
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in request("POST", CHAT, key, b'{"model":"tiny"}'):
+        for byte in request("POST", CHAT, pair.key, b'{"model":"tiny"}'):
             connection.sock.sendall(bytes([byte]))
         assert connection.answer().body == OK.partition(b"\r\n\r\n")[2]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.sse import Block, EventReader, starts_event
+from gateway.sse import Block, EventReader, EventStart
 
 type Event = tuple[bytes, bytes]
 
@@ -164,4 +164,6 @@ FIRST_BYTES = {
 
 @pytest.mark.parametrize(("data", "expected"), FIRST_BYTES.values(), ids=FIRST_BYTES)
 def test_what_counts_as_the_first_event(data: bytes, expected: bool) -> None:
-    assert starts_event(data) is expected
+    assert EventStart().is_in(data) is expected
+    in_pieces = EventStart()
+    assert any(in_pieces.is_in(data[at : at + 1]) for at in range(len(data))) is expected

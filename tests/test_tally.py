@@ -1,5 +1,7 @@
 """What a tally makes of reports: of the whole answer, of choices at their end, and of choices on the way."""
 
+from collections import Counter
+
 import pytest
 
 from gateway.tally import Tally, Tokens, add
@@ -60,7 +62,7 @@ REPORTS: dict[str, tuple[list[Report], int, int, tuple[Tokens, str | None]]] = {
 @pytest.mark.parametrize(("reports", "prompts", "deltas", "expected"), REPORTS.values(), ids=REPORTS)
 def test_tokens(reports: list[Report], prompts: int, deltas: int, expected: tuple[Tokens, str | None]) -> None:
     tally = Tally(prompts)
-    tally.deltas = deltas
+    tally.deltas = Counter({0: deltas} if deltas else {})
     for report in reports:
         tally.report(*report)
     assert tally.tokens() == expected

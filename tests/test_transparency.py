@@ -329,7 +329,8 @@ def test_an_alias_changes_the_models_bytes_only(proxy: Proxy, alice: Key, server
 
 AUDIO = bytes(range(256)) * 40 + b"\r\n--other\r\nname=model\r\n\r\nsmall\r\n--bound"
 FORM = (
-    b'preamble\r\n--bound\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+    b'preamble\r\n--bound\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n'
+    b"Content-Type: audio/wav\r\n\r\n"
     + AUDIO
     + b'\r\n--bound\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--bound\r\n'
     b'Content-Disposition: form-data; name="language"\r\n\r\nsmall\r\n--bound--\r\nepilogue'

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gateway.relay import BodyMeter, Relay, StreamMeter, ends_with_mark
+from gateway.relay import BodyMeter, Relay, StreamMeter
 from gateway.tally import Tally, Tokens
-from gateway.usage import FORMATS, format_of
+from gateway.usage import FORMATS, ends_with_mark, format_of
 from recordings import Recording, recordings
 from test_sse import cut
 
@@ -61,7 +61,7 @@ def sse(*events: Any) -> bytes:
 def relay_of(path: str, streamed: bool, prompts: int = 1, answers: int = 1, strip: bool = False) -> Relay:
     read, tally = format_of(path), Tally(prompts, answers)
     meter = StreamMeter(read, tally, strip=strip) if streamed else BodyMeter(read, tally)
-    return Relay(meter, tally, lambda: 0.0, is_stream=streamed, has_mark=streamed and ends_with_mark(read))
+    return Relay(meter, tally, lambda: 0.0, is_stream=streamed, has_mark=streamed and ends_with_mark(path))
 
 
 def chat(content: str | None = "x", index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:

@@ -7,10 +7,10 @@ A wrong file raises `ConfigError` with the path in the file, what was expected a
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 import yaml
@@ -123,7 +123,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -164,7 +168,7 @@ def _expand(value: Any, path: str, environ: Mapping[str, str]) -> Any:
 def _decode(kind: type, value: Any) -> Any:
     """Strings that are more than strings: Address, Path, Secret."""
     if not isinstance(value, str):
-        raise ValueError(f"Expected text, got {type(value).__name__} {value!r}")
+        raise ValueError(f"Expected text, got {type(value).__name__}" + ("" if kind is Secret else f" {value!r}"))
     return kind(value)
 
 
@@ -199,6 +203,8 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ConfigError
 
 def _check(config: Config) -> None:
     """What types can't say."""
+    if not config.servers:
+        raise ConfigError(f"servers: expected {_EXPECTED['servers']}, got none")
     for index, problem in _server_problems(config.servers):
         raise ConfigError(f"servers[{index}].{problem}")
     for name in ("max_body_mb", "first_byte_timeout_s"):
@@ -214,19 +220,15 @@ def _check(config: Config) -> None:
 def _server_problems(servers: tuple[Server, ...]) -> Iterator[tuple[int, str]]:
     names: set[str] = set()
     for index, server in enumerate(servers):
-        url = urlsplit(server.url)
-        try:
-            port_is_right = url.port is None or 0 < url.port < 65536
-        except ValueError:
-            port_is_right = False
+        url = _split(server.url)
         if not server.name.strip():
             yield index, "name: expected a name that is not empty"
         if server.name in names:
             yield index, f"name: {server.name!r} is taken by another server; names must differ"
-        if url.scheme not in ("http", "https") or not url.hostname or not port_is_right:
+        if url is None:
             yield index, f"url: expected {_EXPECTED['url']}, got {server.url!r}"
-        if url.path.rstrip("/").endswith("/v1") or url.query or url.fragment or url.username:
-            base = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "")
+        elif url.path.rstrip("/").endswith("/v1") or url.query or url.fragment or url.username:
+            base = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
             yield (
                 index,
                 f"url: expected the server's root, got {server.url!r}. Clients' paths are added to it: write {base}",
@@ -240,6 +242,16 @@ def _server_problems(servers: tuple[Server, ...]) -> Iterator[tuple[int, str]]:
         if "\n" in server.api_key or "\r" in server.api_key:
             yield index, "api_key: expected one line"
         names.add(server.name)
+
+
+def _split(url: str) -> SplitResult | None:
+    """A server's url in parts; None when it is none."""
+    try:
+        parts = urlsplit(url)
+        port_is_right = parts.port is None or parts.port > 0
+    except ValueError:
+        return None
+    return parts if parts.scheme in ("http", "https") and parts.hostname and port_is_right else None
 
 
 def _check_names(config: Config) -> None:

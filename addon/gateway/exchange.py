@@ -87,7 +87,8 @@ class Exchange:
     connection_was_used: bool = False  # the attempt went over a connection that had carried a request before
     may_send_again: bool = False  # nothing at all came back from the last attempt
     timed_out: bool = False
-    settled: bool = False
+    settling: bool = False  # the row is on its way
+    settled: bool = False  # the row is on disk
 
     @property
     def server(self) -> Server | None:

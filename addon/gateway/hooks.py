@@ -22,13 +22,13 @@ from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 
 from gateway import config, headers, layers, startup
+from gateway.answers import relay_for
 from gateway.connections import Connections
 from gateway.exchange import Exchange, utc_now, uuid7
-from gateway.relay import BodyMeter, Meter, Relay, StreamMeter, ends_with_mark
+from gateway.relay import Relay
 from gateway.replies import Refusal, Reply
 from gateway.service import Service
 from gateway.tally import Tally
-from gateway.usage import format_of
 
 log = logging.getLogger(__name__)
 
@@ -293,42 +293,15 @@ class Gateway:
         exchange.status = response.status_code
         response.headers.fields = tuple(headers.to_client(response.headers.fields))
         response.headers["x-request-id"] = exchange.id
-        if exchange.close_client or self._draining:
-            response.headers["connection"] = "close"
-        content_length = response.headers.get("content-length", "")
-        response.stream = exchange.relay = self._relay(
-            exchange, response.headers, int(content_length) if content_length.isdigit() else None
-        )
+        relay = relay_for(exchange, response.headers)
+        if relay.changes_length:
+            response.headers.pop("content-length", None)
+            response.headers["transfer-encoding"] = "chunked"
         if exchange.http10:
             response.headers.pop("transfer-encoding", None)
+        if exchange.http10 or exchange.close_client or self._draining:
             response.headers["connection"] = "close"
-
-    def _relay(self, exchange: Exchange, fields: http.Headers, content_length: int | None) -> Relay:
-        read = format_of(exchange.endpoint)
-        tally = Tally(exchange.asked.prompts, exchange.asked.answers)
-        is_stream = "event-stream" in fields.get("content-type", "")
-        meter: Meter | None
-        if fields.get("content-encoding", "identity").lower() != "identity":
-            log.warning(
-                "an answer of %s is compressed though we asked for none: it goes on unmetered", exchange.endpoint
-            )
-            meter = None
-        elif is_stream:
-            meter = StreamMeter(read, tally, strip=exchange.usage_asked)
-            if exchange.usage_asked and content_length is not None:
-                fields.pop("content-length")
-                fields["transfer-encoding"] = "chunked"
-                content_length = None
-        else:
-            meter = BodyMeter(read, tally)
-        return Relay(
-            meter,
-            tally,
-            time.monotonic,
-            content_length=content_length,
-            is_stream=is_stream,
-            has_mark=is_stream and ends_with_mark(read),
-        )
+        response.stream = exchange.relay = relay
 
     async def answer_ends(self, flow: http.HTTPFlow) -> None:
         """The server's answer is complete, the client has not seen its end."""
@@ -367,15 +340,15 @@ class Gateway:
 
     async def _settle(self, flow: http.HTTPFlow, exchange: Exchange, outcome: str) -> None:
         """Once, wherever it ends: give back what was claimed, write the row, wait until it is on disk."""
-        if exchange.settled:
+        if exchange.settling:
             return
+        exchange.settling = True
         self._live.pop(flow.id, None)
         exchange.release()
         service = self._ready_service()
-        committed = service.ledger.settle(exchange.row(outcome, time.monotonic()))
+        await service.ledger.settle(exchange.row(outcome, time.monotonic()))
         exchange.settled = True
         service.count(outcome)
-        await committed
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
         exchange = layers.exchange_of(flow)

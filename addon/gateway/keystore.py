@@ -21,8 +21,11 @@ from sqlite_utils import Database
 from sqlite_utils.db import NotFoundError
 from sqlite_utils.migrations import Migrations
 
-from gateway.files import one_at_a_time
+from gateway.database import open_database, transaction
 from gateway.patterns import Pattern
+
+# A change of a key takes milliseconds; somebody who runs many at once waits for each.
+BUSY_TIMEOUT_S = 5.0
 
 migrations = Migrations("llmproxy-keys")
 
@@ -80,10 +83,17 @@ def parse_expiry(text: str, now: datetime) -> str:
     """ "90d", "12h", "2027-01-31" (valid through that day, UTC) or an ISO 8601 time -> UTC ISO 8601. Raises
     ValueError.
     """
+    try:
+        return iso(_expiry(text, now))
+    except OverflowError:
+        raise ValueError(f"{text!r} is too far away: leave it out for a key that never expires") from None
+
+
+def _expiry(text: str, now: datetime) -> datetime:
     relative = re.fullmatch(r"(\d{1,6})([dhm])", text)
     if relative:
         unit = {"d": "days", "h": "hours", "m": "minutes"}[relative[2]]
-        return iso(now + timedelta(**{unit: int(relative[1])}))
+        return now + timedelta(**{unit: int(relative[1])})
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -92,7 +102,7 @@ def parse_expiry(text: str, now: datetime) -> str:
         ) from None
     if "T" not in text and ":" not in text:
         moment += timedelta(days=1)
-    return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class KeyStore:
@@ -122,7 +132,7 @@ class KeyStore:
             "models": msgspec.json.encode(models).decode(),
         }
         try:
-            with self._db.atomic():
+            with transaction(self._db):
                 self._db.table("keys").insert(row)
         except sqlite3.IntegrityError:
             raise KeyProblem(
@@ -152,13 +162,13 @@ class KeyStore:
     def revoke(self, name: str) -> Key:
         """Delete the key. Rows of `requests` keep its id and name."""
         key = self.get(name)
-        with self._db.atomic():
+        with transaction(self._db):
             self._db.table("keys").delete(key.id)
         return key
 
     def _update(self, name: str, values: dict[str, Any]) -> None:
         key = self.get(name)
-        with self._db.atomic():
+        with transaction(self._db):
             try:
                 self._db.table("keys").update(key.id, values)
             except NotFoundError:
@@ -200,14 +210,10 @@ class KeyReader:
 
 def _open(path: Path) -> Database:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path):
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        path.chmod(0o600)
-        db = Database(sqlite3.connect(path, timeout=5, isolation_level=None))
-        db.enable_wal()
-        migrations.apply(db)
-    return db
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    path.chmod(0o600)
+    return open_database(path, migrations, busy_timeout_s=BUSY_TIMEOUT_S)
 
 
 def _new_key() -> str:

@@ -1,8 +1,8 @@
 """The only writer of usage.db: a thread that commits whatever waits as one transaction.
 
 A row is opened at admission and settled once; whoever settles awaits the commit, so that nobody sees the end of an
-answer whose row a crash could lose. When the disk fails, rows wait in memory, `healthy` turns false (requests are
-then refused rather than served unbooked), and writing is tried again until it works.
+answer whose row a crash could lose. When the disk fails, rows wait in memory, `healthy` turns false (requests are then
+refused rather than served unbooked), and writing is tried again until it works.
 """
 
 import asyncio
@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlite_utils import Database
 
 from gateway import schema
+from gateway.database import Identity, identity, open_database, transaction
 from gateway.exchange import Row, uuid7
-from gateway.files import one_at_a_time
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 # Several workers share the file; each holds it for a few milliseconds at a time.
 BUSY_TIMEOUT_S = 1.0
+# What is left when the process ends is tried this often, then logged.
+LAST_ATTEMPTS = 5
 
 _COLUMNS = Row.__struct_fields__
 _INSERT = f"insert into requests ({', '.join(_COLUMNS)}) values ({', '.join(':' + name for name in _COLUMNS)})"
@@ -39,7 +40,9 @@ _SETTLE = (
 
 
 class Ledger:
-    """usage.db of one worker. `open` and `settle` are for the event loop; all SQL runs in the writer's thread."""
+    """usage.db of one worker. `open` and `settle` are for the event loop; after the start all SQL runs in the writer's
+    thread.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,8 +54,8 @@ class Ledger:
         self._wake = threading.Condition()
         self._closing = False
         self._lock = _WorkerLock(path.parent / "workers", self.worker)
-        self._db = _open(path)
-        self._identity = _identity(path)
+        self._db = open_database(path, schema.usage, busy_timeout_s=BUSY_TIMEOUT_S)
+        self._identity: Identity | None = identity(path)
         self._interrupt_rows_of_the_dead()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
@@ -62,7 +65,7 @@ class Ledger:
         self._put(_Write(row))
 
     def settle(self, row: Row) -> "asyncio.Future[None]":
-        """Queue a final row. The future is done once it is committed."""
+        """Queue a final row. The future is done once it is committed, or fails with OSError if it never can be."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._put(_Write(row, future))
         return future
@@ -87,95 +90,104 @@ class Ledger:
             self._wake.notify()
 
     def _run(self) -> None:
-        attempts_left = 5  # once closing
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closing:
-                    self._wake.wait()
-                batch, self._waiting = self._waiting, []
-            if not batch:
-                break
-            if self._write(batch):
+        last_attempts = LAST_ATTEMPTS
+        while batch := self._next_batch():
+            left = self._write(batch)
+            if not left:
                 continue
             with self._wake:
-                self._waiting[:0] = batch
-                if self._closing and (attempts_left := attempts_left - 1) <= 0:
-                    log.critical("LOST: %d rows can't be written: %s", len(batch), [write.row for write in batch])
+                self._waiting[:0] = left
+                if self._closing:
+                    last_attempts -= 1
+                if not last_attempts:
+                    log.critical("LOST: %d rows can't be written: %s", len(left), [write.row for write in left])
                     break
                 self._wake.wait(timeout=RETRY_S)
         self._db.close()
 
-    def _write(self, batch: "list[_Write]") -> bool:
-        """Commit a batch. False: try again later."""
+    def _next_batch(self) -> "list[_Write]":
+        """Whatever waits; waits for it. Empty at the end."""
+        with self._wake:
+            while not self._waiting and not self._closing:
+                self._wake.wait()
+            batch, self._waiting = self._waiting, []
+        return batch
+
+    def _write(self, batch: "list[_Write]") -> "list[_Write]":
+        """Commit a batch. Returns what has to be tried again later: all of it, or nothing, or the rest."""
         try:
             self._reopen_if_replaced()
             self._commit(batch)
-        except (OSError, sqlite3.OperationalError, sqlite3.InternalError) as error:
-            if self.healthy:
-                log.error("usage.db can't be written, requests are refused until it can: %s", error)
-            self.healthy = False
-            return False
-        except Exception:
-            if len(batch) == 1:
-                log.critical("LOST: a row can't be written: %s", batch[0].row, exc_info=True)
-                _tell([batch[0].future], lambda future: future.set_exception(OSError("the row can't be written")))
-                return True
-            log.exception("a batch of rows can't be written; trying them one by one")
-            return self._write_singly(batch)
+        except Exception as error:
+            if _is_trouble_with_the_file(error):
+                if self.healthy:
+                    log.error("usage.db can't be written, requests are refused until it can: %s", error)
+                self.healthy = False
+                return batch
+            return self._without_the_impossible(batch)
         if not self.healthy:
             log.warning("usage.db can be written again")
         self.healthy = True
         _tell([write.future for write in batch], lambda future: future.set_result(None))
-        return True
+        return []
 
-    def _write_singly(self, batch: "list[_Write]") -> bool:
+    def _without_the_impossible(self, batch: "list[_Write]") -> "list[_Write]":
+        """One row of a batch can never be written: it must not hold up the others."""
+        if len(batch) == 1:
+            log.critical("LOST: a row can't be written: %s", batch[0].row, exc_info=True)
+            _tell([batch[0].future], lambda future: future.set_exception(OSError("the row can't be written")))
+            return []
         for index, write in enumerate(batch):
-            if not self._write([write]):
-                with self._wake:
-                    self._waiting[:0] = batch[index:]
-                    self._wake.wait(timeout=RETRY_S)
-                return True
-        return True
+            if self._write([write]):
+                return batch[index:]
+        return []
 
     def _commit(self, batch: "list[_Write]") -> None:
-        settled = {write.row.id for write in batch if write.future}
-        with self._db.atomic():
+        final = {write.row.id for write in batch if write.future}
+        settled = 0
+        with transaction(self._db):
             for write in batch:
                 if write.future:
-                    self._settle(write.row)
-                elif write.row.id not in settled:
-                    self._db.conn.execute(_INSERT, msgspec.structs.asdict(write.row))
+                    settled += self._settle(write.row)
+                elif write.row.id not in final:
+                    self._db.conn.execute(_INSERT, _storable(write.row))
+        self.rows_settled += settled
 
-    def _settle(self, row: Row) -> None:
+    def _settle(self, row: Row) -> bool:
         """Write the final row and its roll-ups, once: a row that is settled already stays as it is."""
-        values: dict[str, Any] = msgspec.structs.asdict(row)
+        values = _storable(row)
         if self._db.conn.execute(_SETTLE, values).rowcount != 1:
             log.error("the request %s was settled twice; the first one stands", row.id)
-            return
+            return False
         values["ttft_upto_ms"] = schema.ttft_bucket(row.ttft_ms) if row.ttft_ms is not None else None
         for statement in self._rollups:
             self._db.conn.execute(statement, values)
-        self.rows_settled += 1
+        return True
 
     def _reopen_if_replaced(self) -> None:
         """A file that was deleted or replaced would go on taking rows that nobody could ever read."""
-        if _identity(self.path) != self._identity:
-            log.error("usage.db was replaced or deleted while running: it is opened anew")
+        found = identity(self.path)
+        if self._identity is not None and found == self._identity:
+            return
+        if self._identity is not None:
+            log.error("usage.db was deleted or replaced while running: it is opened anew")
+            self._identity = None
             self._db.close()
-            self._db = _open(self.path)
-            self._identity = _identity(self.path)
+        self._db = open_database(self.path, schema.usage, busy_timeout_s=BUSY_TIMEOUT_S)
+        self._identity = identity(self.path)
 
     def _interrupt_rows_of_the_dead(self) -> None:
         """Rows that a dead worker left open become `interrupted`. A living worker holds the lock on its own file."""
         workers = self._db.query("select distinct worker from requests where outcome = 'open'")
-        for worker in [row["worker"] for row in workers]:
+        for worker in {row["worker"] for row in workers} | self._lock.others():
             if worker == self.worker or not self._lock.is_dead(worker):
                 continue
-            with self._db.atomic():
+            with transaction(self._db):
                 rows = list(self._db.query("select * from requests where outcome = 'open' and worker = ?", [worker]))
                 for values in rows:
                     self._settle(Row(**{**values, "outcome": "interrupted"}))
-            log.warning("%d requests were interrupted by a crash; they are marked", len(rows))
+            if rows:
+                log.warning("%d requests were interrupted by a crash; they are marked", len(rows))
 
 
 class _Write(msgspec.Struct, frozen=True):
@@ -183,6 +195,22 @@ class _Write(msgspec.Struct, frozen=True):
 
     row: Row
     future: "asyncio.Future[None] | None" = None
+
+
+def _is_trouble_with_the_file(error: Exception) -> bool:
+    """Whether an error is the file's, and may pass; others are about the row. Damage is a plain DatabaseError."""
+    return isinstance(error, OSError | sqlite3.OperationalError | sqlite3.InternalError) or (
+        type(error) is sqlite3.DatabaseError
+    )
+
+
+def _storable(row: Row) -> dict[str, Any]:
+    """A row as SQLite takes it. Clients may send bytes that are no text; they become question marks."""
+    values = msgspec.structs.asdict(row)
+    for name, value in values.items():
+        if isinstance(value, str) and not value.isascii():
+            values[name] = value.encode("utf-8", "replace").decode()
+    return values
 
 
 def _tell(futures: "list[asyncio.Future[None] | None]", result: "Callable[[asyncio.Future[None]], None]") -> None:
@@ -208,7 +236,11 @@ class _WorkerLock:
         self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
+    def others(self) -> set[str]:
+        return {path.name for path in self._path.parent.iterdir()} - {self._path.name}
+
     def is_dead(self, worker: str) -> bool:
+        """Whether nobody holds that worker's lock; then its file is removed."""
         path = self._path.parent / Path(worker or "-").name
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -227,23 +259,3 @@ class _WorkerLock:
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
         os.close(self._file)
-
-
-def _open(path: Path) -> Database:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path):
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        db = Database(connection)
-        db.enable_wal()
-        # With WAL this survives the death of the process; a power cut may take the last commits.
-        db.execute("pragma synchronous = normal")
-        schema.usage.apply(db)
-    return db
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino

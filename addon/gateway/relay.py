@@ -13,7 +13,7 @@ import msgspec
 
 from gateway import sse
 from gateway.tally import Tally
-from gateway.usage import BODY, MARKED_ENDS, Format
+from gateway.usage import BODY, Format
 from gateway.wire import without_null_usage
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 
 Clock = Callable[[], float]
+
+# What reading JSON of somebody else's may raise: it is not JSON, not of its shape, not UTF-8, too deep.
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 
 
 class Meter(Protocol):
@@ -54,10 +57,16 @@ class StreamMeter:
         return b"".join(without_asked_usage(block) for block in blocks) if self._strip else data
 
     def _look(self, name: bytes, data: bytes) -> None:
+        """A fault of the format's ends the reading; taking out what we asked for goes on."""
+        if self._tally.is_broken:
+            return
         try:
             self._read(self._tally, name, data)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             log.debug("an event that is no JSON of its format: %s", error)
+        except Exception:
+            log.exception("the meter failed: this answer goes on unmetered")
+            self._tally.is_broken = True
 
 
 class BodyMeter:
@@ -80,7 +89,7 @@ class BodyMeter:
         if self._body:
             try:
                 self._read(self._tally, BODY, bytes(self._body))
-            except (msgspec.DecodeError, RecursionError) as error:
+            except UNREADABLE as error:
                 log.debug("an answer that is no JSON of its format: %s", error)
         return b""
 
@@ -102,8 +111,12 @@ class Relay:
         content_length: int | None = None,
         is_stream: bool = False,
         has_mark: bool = False,
+        changes_length: bool = False,
     ) -> None:
-        """`has_mark`: a stream of this format ends with a mark of its own."""
+        """`has_mark`: a stream of this format ends with a mark of its own. `changes_length`: the meter takes bytes
+        out.
+        """
+        self.changes_length = changes_length
         self.tally = tally
         self.is_stream = is_stream
         self.response_bytes = 0
@@ -112,6 +125,7 @@ class Relay:
         self._clock = clock
         self._left = content_length
         self._kept = b""
+        self._event_start = sse.EventStart()
         self._has_mark = has_mark and meter is not None
 
     def __call__(self, data: bytes) -> list[bytes]:
@@ -128,7 +142,7 @@ class Relay:
     @property
     def lacks_end_mark(self) -> bool:
         """The stream has ended without the mark that its format ends with: it was cut, however clean its framing."""
-        return self._has_mark and not self.tally.finished
+        return self._has_mark and not self.tally.is_broken and not self.tally.finished
 
     def feed(self, data: bytes) -> bytes:
         """Bytes from the server -> bytes for the client, now. Never raises."""
@@ -136,7 +150,7 @@ class Relay:
         if self._left is not None:
             self._left -= len(data)
         try:
-            if self.first_event_at is None and sse.starts_event(data):
+            if self.first_event_at is None and self._event_start.is_in(data):
                 self.first_event_at = self._clock()
             if self._meter:
                 data = self._meter.feed(data)
@@ -163,11 +177,7 @@ class Relay:
     def _fail(self) -> None:
         log.exception("the meter failed: this answer goes on unmetered")
         self._meter = None
-        self._has_mark = False
-
-
-def ends_with_mark(read: Format) -> bool:
-    return read in MARKED_ENDS
+        self.tally.is_broken = True
 
 
 def without_asked_usage(block: sse.Block) -> bytes:
@@ -176,5 +186,5 @@ def without_asked_usage(block: sse.Block) -> bytes:
         return block.raw
     try:
         return without_null_usage(block.raw, block.data)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return block.raw

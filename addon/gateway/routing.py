@@ -137,8 +137,8 @@ class Router:
     def visible(self) -> Iterable[tuple[str, str]]:
         """(name, model) of what clients may ask for: models of servers that are not known to be down, plain aliases."""
         reachable = {model for model, servers in self.models().items() if any(s.up is not False for s in servers)}
-        yield from ((model, model) for model in self.models() if model in reachable)
-        yield from ((alias, model) for alias, model in self._exact_aliases.items() if model in reachable)
+        names = {**{model: model for model in self.models()}, **self._exact_aliases}
+        return ((name, model) for name, model in names.items() if model in reachable)
 
     def pick(self, model: str | None, tried: Sequence[Server] = ()) -> Claim:
         """Pick and claim a server for `model` (None: any), not one of `tried`. Raises Refusal (503) when none is left.

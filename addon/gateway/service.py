@@ -89,10 +89,10 @@ class Service:
         """Model, permission, server: claims the server. Raises Refusal."""
         asked = exchange.asked.model
         model = self.router.resolve(asked)
-        if model is not None and not exchange.caller.may_use(asked if asked is not None else model, model):
-            raise Refusal(
-                403, "model_not_allowed", f"This API key may not use {(asked or model)[:200]!r}.", param="model"
-            )
+        names = [name for name in (asked, model) if name is not None]
+        if not exchange.caller.may_use(*names):
+            wanted = repr(names[0][:200]) if names else "a server without naming a model"
+            raise Refusal(403, "model_not_allowed", f"This API key may not use {wanted}.", param="model")
         if not self.ledger.healthy:
             raise Refusal(
                 503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"}

@@ -80,9 +80,27 @@ class EventReader:
         return _parse(raw, text)
 
 
-def starts_event(data: bytes) -> bool:
-    """Whether these first bytes of a stream hold the beginning of something other than comments and blank lines."""
-    return any(line and not line.startswith(b":") for line in _LINE_END.split(data.removeprefix(b"\xef\xbb\xbf")))
+class EventStart:
+    """Finds the first byte of a stream that belongs to an event, not to a comment or a blank line."""
+
+    def __init__(self) -> None:
+        self._in_comment = False
+
+    def is_in(self, data: bytes) -> bool:
+        """Whether it is in this piece. To be asked for each piece, until it is."""
+        rest = data
+        while rest:
+            if self._in_comment:
+                end = _LINE_END.search(rest)
+                rest = rest[end.end() :] if end else b""
+                self._in_comment = end is None
+            elif rest[0] in b"\r\n\xef\xbb\xbf":  # a stream may begin with a byte order mark
+                rest = rest[1:]
+            elif rest[0] in b":":
+                self._in_comment = True
+            else:
+                return True
+        return False
 
 
 def _parse(raw: bytes, text: bytes) -> Block:

@@ -4,6 +4,7 @@ Servers speak of the whole answer, of one choice at its end, or of one choice on
 apart, so that nothing is counted twice and nothing is lost when an answer is cut. What nobody reported is None.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -29,31 +30,35 @@ class Tally:
     def __init__(self, prompts: int = 1, answers: int = 1) -> None:
         self.prompts = prompts
         self.answers = answers
-        self.deltas = 0  # pieces of content, thinking or tool calls: about a token each
+        self.deltas: Counter[int] = (
+            Counter()
+        )  # pieces of content, thinking or tool calls, about a token each, by choice
         self.source: str | None = None
         self.total: Tokens | None = None  # said of the whole answer; the last word wins
-        self.finished_choices: list[Tokens] = []  # said of one choice at its end: these add up
+        self.finished_choices: dict[int, Tokens] = {}  # said of one choice at its end: these add up
         self.running_choices: dict[int, Tokens] = {}  # said of one choice on the way
         self.last_choice = 0
         self.prompt_ms: float | None = None
         self.predicted_ms: float | None = None
-        self.finish_marks = 0
+        self.ended_choices: set[int] = set()  # choices that have ended
         self.done = False  # the format's last event was seen: nothing can follow
         self.error: str | None = None  # an error event's code or type
+        self.is_broken = False  # reading failed: nothing that is missing here means anything
+        self.notes: object = None  # what a format keeps from one event to the next
 
     @property
     def finished(self) -> bool:
-        return self.done or self.finish_marks > 0
+        return self.done or len(self.ended_choices) >= self.answers
 
     def tokens(self) -> tuple[Tokens, str | None]:
         """The counts, and where they come from: `usage`, `timings`, `counted` (deltas), or None."""
         if self.total is not None:
-            said = self.total
-        else:
-            said = self._sum([*self.finished_choices, *self.running_choices.values()])
-        if said.completion is None and self.deltas:
-            return msgspec.structs.replace(said, completion=self.deltas), "counted"
-        return said, self.source
+            if self.total.completion is None and self.deltas:
+                return msgspec.structs.replace(self.total, completion=self.deltas.total()), "counted"
+            return self.total, self.source
+        choices = {**self.running_choices, **self.finished_choices}
+        silent = {choice: Tokens(completion=count) for choice, count in self.deltas.items() if choice not in choices}
+        return self._sum([*choices.values(), *silent.values()]), "counted" if silent else self.source
 
     def _sum(self, choices: list[Tokens]) -> Tokens:
         """Choices of one prompt share it (count it once); choices of several prompts each bring their own."""
@@ -72,13 +77,15 @@ class Tally:
         """Book what the server said: of the whole answer (`choice` None), or of one choice, at its end or on the
         way.
         """
+        if tokens == Tokens():
+            return
         if self.source != "usage":
             self.source = source
         if choice is None:
             self.total = tokens
         elif final:
             self.running_choices.pop(choice, None)
-            self.finished_choices.append(tokens)
+            self.finished_choices[choice] = tokens
         else:
             self.running_choices[choice] = tokens
 

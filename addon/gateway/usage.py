@@ -100,7 +100,7 @@ def read_openai(tally: Tally, name: bytes, data: bytes) -> None:
     if chunk.error is not None:
         tally.error = error_code(chunk.error)
         return
-    finished = _read_choices(tally, chunk.choices or [])
+    finished = _read_choices(tally, chunk.choices or [], whole=name == BODY)
     if chunk.timings:
         tally.time(chunk.timings.prompt_ms, chunk.timings.predicted_ms)
     if not (chunk.usage or chunk.timings):
@@ -117,19 +117,19 @@ def read_openai(tally: Tally, name: bytes, data: bytes) -> None:
         tally.report(tokens, source, None, final=True)
 
 
-def _read_choices(tally: Tally, choices: list[_Choice]) -> bool:
+def _read_choices(tally: Tally, choices: list[_Choice], *, whole: bool) -> bool:
     finished = False
     for choice in choices:
         if choice.finish_reason is not None:
-            tally.finish_marks += 1
+            tally.ended_choices.add(choice.index)
             tally.last_choice = choice.index
             finished = True
         delta = choice.delta
-        if choice.text or (
+        if (choice.text and not whole) or (
             delta
             and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls or delta.function_call)
         ):
-            tally.deltas += 1
+            tally.deltas[choice.index] += 1
     return finished
 
 
@@ -161,7 +161,7 @@ def _read_native_part(tally: Tally, part: _Native) -> None:
         tally.error = error_code(part.error)
         return
     if part.content:
-        tally.deltas += 1
+        tally.deltas[part.index] += 1
     cached = None
     if part.timings:
         tally.time(part.timings.prompt_ms, part.timings.predicted_ms)
@@ -170,8 +170,8 @@ def _read_native_part(tally: Tally, part: _Native) -> None:
         tokens = Tokens(prompt=part.tokens_evaluated, cached=cached, completion=part.tokens_predicted)
         tally.report(tokens, "usage", part.index, final=part.stop)
     if part.stop:
-        tally.finish_marks += 1
-        tally.done = tally.finish_marks >= tally.answers
+        tally.ended_choices.add(part.index)
+        tally.done = len(tally.ended_choices) >= tally.answers
 
 
 class _Message(msgspec.Struct):
@@ -179,8 +179,8 @@ class _Message(msgspec.Struct):
 
 
 class _MessageEvent(msgspec.Struct):
-    type: str = ""
-    message: _Message | None = None
+    type: Any = ""
+    message: _Message | str | None = None
     usage: Usage | None = None
     delta: Any = None
     error: Any = None
@@ -188,46 +188,41 @@ class _MessageEvent(msgspec.Struct):
 
 
 _message_event = msgspec.json.Decoder(_MessageEvent)
-_MESSAGE_DELTAS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+_PIECES = ("text", "thinking", "partial_json")  # of a content_block_delta
 
 
 def read_messages(tally: Tally, name: bytes, data: bytes) -> None:
     """Anthropic's /v1/messages: the prompt in message_start, the completion in message_delta, message_stop at the end.
 
-    https://docs.anthropic.com/en/api/messages-streaming. llama.cpp's own error event carries the error's fields bare.
+    Usage is cumulative: what a later event leaves out stays as it was. llama.cpp's error event has the error's fields
+    bare. https://docs.anthropic.com/en/api/messages-streaming
     """
     if data == b"[DONE]":
         return
     event = _message_event.decode(data)
-    if name == b"error" or event.type == "error":
-        tally.error = error_code(event.error if event.error is not None else event.code)
+    if name == b"error" or event.type == "error" or event.error is not None:
+        bare = {"type": event.type, "code": event.code}
+        tally.error = error_code(event.error if event.error is not None else bare)
     elif event.type == "content_block_delta":
-        piece = event.delta if isinstance(event.delta, dict) else {}
-        if piece.get(_MESSAGE_DELTAS.get(piece.get("type", ""), "")):
-            tally.deltas += 1
+        if isinstance(event.delta, dict) and any(event.delta.get(piece) for piece in _PIECES):
+            tally.deltas[0] += 1
     elif event.type == "message_start":
-        if event.message and event.message.usage:
+        if isinstance(event.message, _Message) and event.message.usage:
             # `output_tokens` of a message that only begins is no count yet.
-            said = msgspec.structs.replace(event.message.usage.anthropic(), completion=None)
-            tally.report(said, "usage", None, final=False)
+            _add_message_usage(tally, msgspec.structs.replace(event.message.usage, output_tokens=None))
     elif event.type == "message_stop":
         tally.done = True
-    elif event.error is not None:
-        tally.error = error_code(event.error)
     elif event.usage:  # message_delta, or a whole message
-        said, before = event.usage.anthropic(), tally.total or Tokens()
-        tally.report(
-            Tokens(
-                prompt=before.prompt if said.prompt is None else said.prompt,
-                cached=before.cached if said.cached is None else said.cached,
-                completion=said.completion,
-            ),
-            "usage",
-            None,
-            final=True,
-        )
-        if event.type == "message_delta":
-            tally.finish_marks += 1
+        _add_message_usage(tally, event.usage)
+    if event.type == "message_delta":
+        tally.ended_choices.add(0)
+
+
+def _add_message_usage(tally: Tally, usage: Usage) -> None:
+    known = tally.notes if isinstance(tally.notes, Usage) else Usage()
+    said = {field: value for field, value in msgspec.structs.asdict(usage).items() if value is not None}
+    tally.notes = known = msgspec.structs.replace(known, **said)
+    tally.report(known.anthropic(), "usage", None, final=True)
 
 
 class _Response(msgspec.Struct):
@@ -259,16 +254,16 @@ def read_responses(tally: Tally, name: bytes, data: bytes) -> None:
     whole = event.response or event
     kind = event.type if isinstance(event.type, str) else ""
     if kind.endswith(".delta") and event.delta:
-        tally.deltas += 1
+        tally.deltas[0] += 1
     if event.timings:
         tally.time(event.timings.prompt_ms, event.timings.predicted_ms)
     if whole.usage:
         tally.report(whole.usage.openai(), "usage", None, final=True)
-    if kind in ("response.completed", "response.incomplete") or (name == BODY and whole.status != "failed"):
-        tally.done = True
-    elif kind in ("response.failed", "error") or event.error is not None:
+    if kind in ("response.failed", "error") or event.error is not None or whole.status == "failed":
         tally.error = error_code(whole.error if whole.error is not None else event.code)
         tally.done = kind == "response.failed"
+    elif kind in ("response.completed", "response.incomplete"):
+        tally.done = True
 
 
 def read_count(tally: Tally, name: bytes, data: bytes) -> None:
@@ -297,7 +292,7 @@ def read_audio(tally: Tally, name: bytes, data: bytes) -> None:
         tally.report(msgspec.convert(event.usage, Usage).openai(), "usage", None, final=True)
     kind = event.type if isinstance(event.type, str) else ""
     if kind.endswith(".delta") and event.delta:
-        tally.deltas += 1
+        tally.deltas[0] += 1
     elif kind.endswith(".done"):
         tally.done = True
 
@@ -339,8 +334,13 @@ FORMATS: dict[str, Format] = {
 }
 
 # Streams of these end with a mark of their own; one that ends without it was cut, however clean its framing.
-MARKED_ENDS = frozenset({read_openai, read_native, read_messages, read_responses})
+_MARKED_ENDS = frozenset({read_openai, read_native, read_messages, read_responses})
 
 
 def format_of(endpoint: str) -> Format:
     return FORMATS.get(endpoint, read_openai)
+
+
+def ends_with_mark(endpoint: str) -> bool:
+    """Whether streams of this path are known to end with a mark."""
+    return FORMATS.get(endpoint) in _MARKED_ENDS

@@ -7,6 +7,7 @@ replacing the bytes of one value. Nothing here knows HTTP beyond a content type.
 
 import re
 from collections.abc import Iterator
+from email.message import Message
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +51,8 @@ def read_json(body: bytes) -> Asked:
         raise Refusal(400, "invalid_request", f"The request body is not a JSON object: {error}", param="body") from None
     if said.model is not None and not isinstance(said.model, str):
         raise Refusal(400, "invalid_request", "'model' must be a string.", param="model")
+    if _may_repeat_model(body) and len(_named(body, "model")) > 1:
+        raise Refusal(400, "invalid_request", "'model' is given twice.", param="model")
     options = said.stream_options if isinstance(said.stream_options, dict) else {}
     prompts = _count_prompts(bytes(said.prompt))
     return Asked(
@@ -60,6 +63,14 @@ def read_json(body: bytes) -> Asked:
         prompts=prompts,
         answers=prompts * max(_whole(said.n), _whole(said.n_cmpl), 1),
     )
+
+
+_ESCAPED_LETTER = re.compile(rb"\\\\u00[46]")
+
+
+def _may_repeat_model(body: bytes) -> bool:
+    """Whether it is worth looking: servers differ in which of two models they take, and we allow one of them."""
+    return body.count(b'"model"') > 1 or _ESCAPED_LETTER.search(body) is not None
 
 
 def _whole(value: Any) -> int:
@@ -131,7 +142,15 @@ def _trim(body: bytes, start: int, end: int) -> tuple[int, int]:
 
 
 def _named(body: bytes, name: str) -> list[Member]:
-    return [member for member in members(body) if msgspec.json.decode(member.key) == name]
+    return [member for member in members(body) if _is_name(member.key, name)]
+
+
+def _is_name(key: bytes, name: str) -> bool:
+    """Whether a key's bytes, quotes and escapes included, spell `name`."""
+    try:
+        return key[1:-1] == name.encode() if b"\\" not in key else bool(msgspec.json.decode(key) == name)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -194,27 +213,42 @@ class FormField(NamedTuple):
     end: int
 
 
-_BOUNDARY = re.compile(r'boundary=(?:"([^"]+)"|([^;,\s]+))', re.IGNORECASE)
-_FIELD_NAME = re.compile(rb'[;\s]name=(?:"([^"]*)"|([^;\s]+))', re.IGNORECASE)
+def _parameter(header: str, value: str, name: str) -> str | None:
+    """A parameter of a MIME header, as the standard library reads it (quoting and all)."""
+    message = Message()
+    message[header] = value
+    found = message.get_param(name, header=header)
+    return found if isinstance(found, str) else None
 
 
 def _form_field(body: bytes, content_type: str, name: str) -> FormField | None:
     """Find a field of a multipart body by the boundaries of RFC 2046. Two fields of that name are refused."""
-    boundary = _BOUNDARY.search(content_type)
+    boundary = _parameter("content-type", content_type, "boundary")
     if not boundary:
         raise Refusal(400, "invalid_request", "The multipart Content-Type has no boundary.", param="body")
-    mark = re.escape((boundary[1] or boundary[2]).encode("latin-1", "replace"))
-    marks = list(re.finditer(rb"(?:^|\r\n)--" + mark + rb"(?=--|[ \t]*\r\n)", body))
+    mark = re.escape(boundary.encode("latin-1", "replace"))
+    marks = list(re.finditer(rb"(?:^|\r\n)--" + mark + rb"(--|[ \t]*\r\n)", body))
     found: list[FormField] = []
     for this, following in pairwise(marks):
-        head_end = body.find(b"\r\n\r\n", this.end(), following.start() + 2)
-        said = _FIELD_NAME.search(body, this.end(), head_end) if head_end >= 0 else None
-        if said and (said[1] if said[1] is not None else said[2]) == name.encode():
+        if this[1] == b"--":
+            break
+        # A part without headers begins with the blank line that would end them.
+        head_at = this.end() - 2
+        head_end = body.find(b"\r\n\r\n", head_at, following.start() + 2)
+        if head_end >= 0 and _part_name(body[head_at:head_end]) == name:
             start, end = head_end + 4, max(head_end + 4, following.start())
             found.append(FormField(body[start:end].decode("utf-8", "replace"), start, end))
     if len(found) > 1:
         raise Refusal(400, "invalid_request", f"The form field '{name}' is given twice.", param=name)
     return found[0] if found else None
+
+
+def _part_name(head: bytes) -> str | None:
+    for line in head.decode("latin-1").split("\r\n"):
+        header, _, value = line.partition(":")
+        if header.strip().lower() == "content-disposition":
+            return _parameter("content-disposition", value.strip(), "name")
+    return None
 
 
 def with_form_model(body: bytes, content_type: str, model: str) -> bytes:

@@ -14,7 +14,7 @@ import uvloop
 
 from benchmark import accounting
 from benchmark.caller import Caller, Tally
-from benchmark.work import Job, Result, decode_job, encode
+from benchmark.work import LATE, Job, Result, decode_job, encode
 
 _GRACE_S = 10.0  # for what is under way when the time is up
 _WARM_UP = 2  # answers per connection before the clock starts
@@ -108,7 +108,7 @@ async def end(tasks: Sequence[asyncio.Task[None]], tally: Tally, seconds: float)
     _, late = await asyncio.wait(tasks, timeout=seconds)
     for task in late:
         task.cancel()
-        tally.errors["no end in time"] += 1
+        tally.errors[LATE] += 1
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in tasks:
         if not task.cancelled() and (error := task.exception()):

@@ -5,6 +5,8 @@ from typing import Literal
 
 import msgspec
 
+LATE = "no end in time"  # of Result.errors
+
 Kind = Literal["idle", "requests", "streams", "hold", "once"]
 
 

@@ -1,0 +1,67 @@
+"""SQLite files that several processes use: opened one at a time, written in transactions that take their lock at
+once.
+"""
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+Identity = tuple[int, int]
+
+
+def open_database(path: Path, migrations: Migrations, *, busy_timeout_s: float) -> Database:
+    """Open a file (WAL) and bring its schema up to date. Usable from any one thread at a time.
+
+    Raises OSError or sqlite3.Error.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path):
+        connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        try:
+            db = Database(connection)
+            db.enable_wal()
+            # With WAL this survives the death of the process; a power cut may take the last commits.
+            db.execute("pragma synchronous = normal")
+            migrations.apply(db)
+        except BaseException:
+            connection.close()
+            raise
+    return db
+
+
+@contextlib.contextmanager
+def transaction(db: Database) -> Iterator[None]:
+    """One transaction. It takes the write lock first: one that reads before it writes could not wait for others."""
+    db.conn.execute("begin immediate")
+    try:
+        yield
+        db.conn.execute("commit")
+    except BaseException:
+        db.conn.rollback()
+        raise
+
+
+def identity(path: Path) -> Identity | None:
+    """Tells a file from another one that was put in its place. None: there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold off other processes that open the same file: workers start together, migrations must not."""
+    file = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
