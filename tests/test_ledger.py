@@ -204,6 +204,7 @@ def written(path: Path) -> int:
 def test_a_crash_leaves_open_rows_and_the_next_start_marks_them(path: Path) -> None:
     alive = Ledger(path)
     alive.open(row(1, worker=alive.worker))
+    eventually(lambda: written(path) == 1)
     crash(path, "a", "b")
     assert set(outcomes(path).values()) == {"open"}
     Ledger(path).close()
@@ -348,7 +349,7 @@ async def test_a_deleted_file_is_made_anew(ledger: Ledger, path: Path, caplog: p
         file.unlink()
     await settle(ledger, row(2, "ok"))
     assert outcomes(path) == {"r2": "ok"}
-    assert "replaced or deleted" in caplog.text
+    assert "deleted or replaced" in caplog.text
 
 
 async def test_a_replaced_file_gets_the_rows(ledger: Ledger, path: Path, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ BODIES: dict[str, tuple[bytes, Asked]] = {
     "null is left out": (b'{"model":null,"stream":null,"stream_options":null,"n":null}', Asked(kind="json")),
     "only true is true": (b'{"stream":"true","stream_options":{"include_usage":1}}', Asked(kind="json")),
     "white space": (b' \t\r\n{ "model" :\n"m" } \n', Asked(kind="json", model="m")),
-    "the last of doubled keys": (b'{"model":"a","model":"b"}', Asked(kind="json", model="b")),
     "an escape in the key": (b'{"mod\\u0065l":"m"}', Asked(kind="json", model="m")),
     "escapes in the name": (b'{"model":"\\u00e9\\ud83d\\ude00\\n"}', Asked(kind="json", model="é😀\n")),
     "model of an inner object": (b'{"x":{"model":"inner"},"model":"m"}', Asked(kind="json", model="m")),
@@ -63,6 +62,8 @@ BAD_BODIES: dict[str, tuple[bytes, str]] = {
     "model a number": (b'{"model":1}', "model"),
     "model a list": (b'{"model":["m"]}', "model"),
     "model an object": (b'{"model":{"a":1}}', "model"),
+    "doubled models": (b'{"model":"a","model":"b"}', "model"),
+    "doubled models, one with an escape": (b'{"model":"a","mod\\u0065l":"b"}', "model"),
     "the last of doubled models a number": (b'{"model":"m","model":1}', "model"),
 }
 
@@ -112,7 +113,7 @@ def test_a_body_that_was_read_can_be_changed(key: bytes) -> None:
     except Refusal:
         return
     assert with_model(body, "new") == b"{" + key + b':1,"model":"new"}'
-    assert with_usage_asked(body).endswith(b"{" + key + b':1,"model":"m"}'[1:])
+    assert with_usage_asked(body).endswith((b"{" + key + b':1,"model":"m"}')[1:])
 
 
 def test_a_new_name_is_escaped() -> None:

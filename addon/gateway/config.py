@@ -4,7 +4,9 @@ A wrong file raises `ConfigError` with the path in the file, what was expected a
 `${NAME}` and hide in `repr`.
 """
 
+import contextlib
 import difflib
+import json
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping
@@ -103,10 +105,7 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
 
 def parse(text: str, folder: Path, environ: Mapping[str, str]) -> Config:
     """The text of a config file -> Config. `folder`: what relative paths count from. Raises ConfigError."""
-    try:
-        raw = yaml.load(text, Loader=_Loader)  # a SafeLoader that also refuses repeated keys
-    except yaml.YAMLError as error:
-        raise ConfigError(f"is not YAML: {error}") from None
+    raw = _read(text)
     if not isinstance(raw, dict):
         raise _wrong("", "a mapping that begins with 'servers:'", raw)
     try:
@@ -115,6 +114,26 @@ def parse(text: str, folder: Path, environ: Mapping[str, str]) -> Config:
         raise _explain(error, raw) from None
     _check(config)
     return msgspec.structs.replace(config, data=folder / config.data)
+
+
+def _read(text: str) -> Any:
+    """YAML, or JSON with the tabs that YAML forbids."""
+    try:
+        if text.lstrip().startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                text = json.dumps(json.loads(text, object_pairs_hook=_unique), ensure_ascii=False)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader that also refuses repeated keys
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not YAML: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
 
 
 class _Loader(yaml.SafeLoader):

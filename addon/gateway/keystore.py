@@ -86,7 +86,7 @@ def parse_expiry(text: str, now: datetime) -> str:
     try:
         return iso(_expiry(text, now))
     except OverflowError:
-        raise ValueError(f"{text!r} is too far away: leave it out for a key that never expires") from None
+        raise ValueError(f"expected a nearer time than {text!r}; a key without one never expires") from None
 
 
 def _expiry(text: str, now: datetime) -> datetime:
