@@ -65,7 +65,7 @@ def read_json(body: bytes) -> Asked:
     )
 
 
-_ESCAPED_LETTER = re.compile(rb"\\\\u00[46]")
+_ESCAPED_LETTER = re.compile(rb"\\u00[46]")
 
 
 def _may_repeat_model(body: bytes) -> bool:
