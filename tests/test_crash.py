@@ -74,9 +74,10 @@ class Load:
     def _ask(self, connection: HTTPConnection, chance: random.Random) -> None:
         name = f"request-{next(self.asked)}"
         path, stream, end = chance.choice(ENDPOINTS)
+        max_tokens = chance.randint(2, 60)
         body = {
             "model": "endless",
-            "max_tokens": chance.randint(2, 60),
+            "max_tokens": max_tokens,
             "stream": stream,
             "messages": [{"role": "user", "content": "tell me"}],
         }
@@ -87,7 +88,7 @@ class Load:
             raise HTTPException(f"{response.status} {response.read()!r}")
         if stream:
             if _saw(response, end):
-                self.completed[name] = body["max_tokens"]
+                self.completed[name] = max_tokens
             response.read()
         else:
             usage = json.loads(response.read())["usage"]

@@ -12,19 +12,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import StartProxy
 from proxy import Key, Proxy
-from upstream import OK, STALL, Upstream, chunk, head
+from upstream import OK, STALL, Step, Upstream, chunk, head
 from waiting import eventually
 
 TIMEOUT_S = 15
 CHAT = "/v1/chat/completions"
 EVENT = 'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 LAST = 'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-STREAM = [
+STREAM: list[Step] = [
     head(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked"),
     chunk(EVENT),
     STALL,
@@ -32,8 +33,8 @@ STREAM = [
     chunk("data: [DONE]\n\n"),
     chunk(b""),
 ]
-ANSWER = [OK[:-10], STALL, OK[-10:]]
-RUNNING = {"stream": STREAM, "answer": ANSWER}
+ANSWER: list[Step] = [OK[:-10], STALL, OK[-10:]]
+RUNNING: dict[str, list[Step]] = {"stream": STREAM, "answer": ANSWER}
 
 type Break = Callable[[Proxy], contextlib.AbstractContextManager[None]]
 
@@ -127,7 +128,7 @@ class Rig:
 def start_rig(start_proxy: StartProxy, upstream: Upstream) -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def start(**more: object) -> Rig:
+    def start(**more: Any) -> Rig:
         proxy = start_proxy([{"name": "a", "url": upstream.url, "models": ["tiny"]}], allow_errors=True, **more)
         rigs.append(Rig(proxy, upstream))
         return rigs[-1]

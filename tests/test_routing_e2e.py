@@ -242,6 +242,7 @@ REFUSALS = {
     "body text": (b"hello", 400, "invalid_request", "body"),
     "model a number": (b'{"model":7}', 400, "invalid_request", "model"),
     "model a list": (b'{"model":["named"]}', 400, "invalid_request", "model"),
+    "model given twice": (b'{"model":"named","model":"second"}', 400, "invalid_request", "model"),
     "model unknown": (b'{"model":"no such"}', 404, "model_not_found", "model"),
     "model missing": (b'{"messages":[]}', 404, "model_not_found", "model"),
     "model null": (b'{"model":null}', 404, "model_not_found", "model"),

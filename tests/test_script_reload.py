@@ -15,7 +15,7 @@ import pytest
 
 from conftest import StartProxy
 from proxy import ROOT, Key, Proxy
-from upstream import OK, STALL, Upstream, chunk, head
+from upstream import OK, STALL, Step, Upstream, chunk, head
 from waiting import eventually
 
 TIMEOUT_S = 20
@@ -27,8 +27,8 @@ GOOD = (
 EVENT = 'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 LAST = 'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 HEAD = head(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
-HELD_STREAM = [HEAD, chunk(EVENT), STALL, chunk(LAST), chunk("data: [DONE]\n\n"), chunk(b"")]
-HELD_ANSWER = [OK[:-10], STALL, OK[-10:]]
+HELD_STREAM: list[Step] = [HEAD, chunk(EVENT), STALL, chunk(LAST), chunk("data: [DONE]\n\n"), chunk(b"")]
+HELD_ANSWER: list[Step] = [OK[:-10], STALL, OK[-10:]]
 
 
 class Rig:

@@ -13,14 +13,14 @@ import pytest
 from conftest import StartLlama, StartProxy
 from llama import Model
 from proxy import Key, Proxy
-from upstream import STALL, Upstream, chunk, head, reply
+from upstream import STALL, Step, Upstream, chunk, head, reply
 from waiting import eventually
 
 STREAMS = 50
 TOKENS = 150
 TIMEOUT_S = 60
 EVENT = 'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
-STUCK = [head(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked"), chunk(EVENT), STALL]
+STUCK: list[Step] = [head(200, "Content-Type: text/event-stream", "Transfer-Encoding: chunked"), chunk(EVENT), STALL]
 
 
 def post(connection: HTTPConnection, key: Key, name: str, model: str = "tiny", **more: object) -> None:
@@ -124,7 +124,7 @@ def _whole(response: HTTPResponse) -> None:
     if not response.isclosed():
         raise ConnectionError
     # http.client takes a chunked answer without its last chunk for complete when read in pieces
-    raise ConnectionError if response.chunk_left is not None else AssertionError("the answer ended well")  # type: ignore[attr-defined]
+    raise ConnectionError if response.chunk_left is not None else AssertionError("the answer ended well")
 
 
 INTERRUPTED = {str(number): ("interrupted", "shutdown") for number in range(4)}

@@ -313,7 +313,6 @@ ALIASED = {
         b'"model":"small"',
         b'"model":"tiny"',
     ),
-    "given twice": (b'{"model":"other","model":"small"}', b'"other","model":"small"', b'"tiny","model":"tiny"'),
     "missing": (b'{ "a":1}', b'{ "a"', b'{"model":"tiny", "a"'),
     "missing, empty": (b"{ }", b"{ }", b'{"model":"tiny" }'),
 }

@@ -87,6 +87,10 @@ class Discovery:
         if self._task:
             self._task.cancel()
 
+    def ask_soon(self, server: Server) -> None:
+        """Something is wrong with a server: ask it at the next occasion."""
+        self._due[server] = 0.0
+
     async def asked_once(self) -> None:
         """Wait, briefly, until every server was asked for the first time."""
         if not self._asked_once.is_set():

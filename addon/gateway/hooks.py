@@ -262,6 +262,7 @@ class Gateway:
             )
         if exchange.connection_refused:
             server.up = False
+            service.discovery.ask_soon(server)
         gave_nothing = Refusal(502, "upstream_unreachable", f"The server can't be reached: {exchange.failure}.")
         if not exchange.may_send_again or exchange.attempts >= MAX_ATTEMPTS:
             raise gave_nothing
@@ -332,6 +333,8 @@ class Gateway:
         exchange = layers.exchange_of(flow)
         if exchange is None or exchange.settled:
             return
+        if exchange.cut_by is None and flow.error and flow.error.msg != flow.error.KILLED_MESSAGE:
+            exchange.cut_by = "client"  # it left while a hook was awaited; a server's end is noted when it comes
         if exchange.relay:
             exchange.relay.close()
         await self._settle(flow, exchange, exchange.cut_outcome())

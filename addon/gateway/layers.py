@@ -173,19 +173,23 @@ class GatewayStream(HttpStream):
             return True
         if not self.flow.response:  # the addon is gone or broken: nobody decided
             set_response(self.flow, Refusal(502, "upstream_unreachable", message))
+        yield from self._leave_server()
         yield from self.send_response()
         return False
 
-    def _send_again(self) -> CommandGenerator[None]:
+    def _leave_server(self) -> CommandGenerator[None]:
+        """Nothing more is wanted from the server's connection, nor what of it queued up while the addon was asked."""
         old = self.context.server
         connections = self._http.connections
         if old in connections:
             connections[old] = _Sink(self.context.fork())
             yield commands.CloseConnection(old)
-        # What queued up while we asked came from the old connection.
         self._paused_event_queue = deque(
             event for event in self._paused_event_queue if not isinstance(event, _FROM_SERVER)
         )
+
+    def _send_again(self) -> CommandGenerator[None]:
+        yield from self._leave_server()
         if not (yield from self.make_server_connection()):
             return
         request = self.flow.request

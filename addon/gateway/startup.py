@@ -91,7 +91,7 @@ def set_options(config: Config) -> None:
 
 def trim_addons() -> None:
     """Remove what is not needed, once the running addons are not being walked through."""
-    if not ctx.master.addons.get("view"):
+    if ctx.master.addons.get("view") is None:  # a view is a sequence, and empty at first
         asyncio.get_running_loop().call_soon(_trim)
 
 
