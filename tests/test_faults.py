@@ -112,7 +112,7 @@ CASES = [
     Case("hooks:Gateway.upstream_failed", "502 upstream_unreachable", "502 upstream_unreachable", how="close"),
     Case("hooks:Gateway.responseheaders", "200 unmetered", "200 unmetered"),
     Case("hooks:Gateway._begin_answer", "200 unmetered", "200 unmetered"),
-    Case("answers:relay_for", "200 unmetered", "200 unmetered"),
+    Case("hooks:relay_for", "200 unmetered", "200 unmetered"),
     Case("hooks:Gateway.answer_ends", "cut", "cut"),
     Case("hooks:Gateway.response", "200", "200"),
     Case("hooks:Gateway.error", "hung up", "hung up", how="hang up"),
