@@ -17,6 +17,8 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 import yaml
 
+from gateway.patterns import Pattern
+
 
 class ConfigError(Exception):
     """What is wrong with a config file, where, and what to do about it: `str` is meant for a person."""
@@ -278,11 +280,10 @@ def _check_names(config: Config) -> None:
     known = {model for server in config.servers for model in server.models or ()}
     all_known = all(server.models is not None for server in config.servers)
     for alias, model in config.aliases.items():
-        if alias.startswith("/") and alias.endswith("/") and len(alias) > 1:
-            try:
-                re.compile(alias[1:-1])
-            except re.error as error:
-                raise ConfigError(f"aliases.{alias}: is no regular expression: {error}") from None
+        try:
+            Pattern(alias)
+        except ValueError as error:
+            raise ConfigError(f"aliases.{alias}: {error}") from None
         if all_known and model not in known:
             raise ConfigError(f"aliases.{alias}: {model!r} is no server's model; {_near(model, known)}")
     default = config.default_model

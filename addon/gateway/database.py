@@ -18,20 +18,23 @@ Identity = tuple[int, int]
 def open_database(path: Path, migrations: Migrations, *, busy_timeout_s: float) -> Database:
     """Open a file (WAL) and bring its schema up to date. Usable from any one thread at a time.
 
-    Raises OSError or sqlite3.Error.
+    Raises OSError: the file, or what SQLite says of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path):
-        connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        try:
+            connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise OSError(f"{path}: {error}") from error
         try:
             db = Database(connection)
             db.enable_wal()
             # With WAL this survives the death of the process; a power cut may take the last commits.
             db.execute("pragma synchronous = normal")
             migrations.apply(db)
-        except BaseException:
+        except sqlite3.Error as error:
             connection.close()
-            raise
+            raise OSError(f"{path}: {error}") from error
     return db
 
 

@@ -2,9 +2,11 @@
 client meddle.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 
 from gateway.auth import KEY_HEADERS
+from gateway.replies import Refusal
 
 Field = tuple[bytes, bytes]
 
@@ -40,6 +42,20 @@ def _named_by_connection(fields: Iterable[Field]) -> set[bytes]:
     return {
         token.strip().lower() for name, value in fields if name.lower() == b"connection" for token in value.split(b",")
     }
+
+
+_NOT_IN_TARGET = re.compile(rb"[\x00-\x20\x7f]")
+_CONTROL = re.compile(rb"[\x00\r\n]")
+
+
+def check(method: str, target: bytes, fields: tuple[Field, ...]) -> None:
+    """What one server reads as one thing and another as two: raises Refusal (400, 405). TRACE would show our key."""
+    if method.upper() in ("TRACE", "TRACK"):
+        raise Refusal(405, "method_not_allowed", f"{method.upper()} is not allowed.")
+    if not target.startswith(b"/") or _NOT_IN_TARGET.search(target):
+        raise Refusal(400, "invalid_request", "The request's target must be a path.")
+    if any(_CONTROL.search(value) for _, value in fields):
+        raise Refusal(400, "invalid_request", "A header holds a control character.")
 
 
 def keys_in(fields: tuple[Field, ...]) -> dict[str, list[str]]:

@@ -36,6 +36,7 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 SWEEP_S = 1.0
 # The same server is tried again only over a fresh connection; each other server of the model once.
 MAX_ATTEMPTS = 4
+OWN_ANSWER_WAITS_S = 1.0
 
 
 def _gate[**P](hook: Callable[Concatenate["Gateway", http.HTTPFlow, P], None]) -> Callable[..., None]:
@@ -116,9 +117,10 @@ class Gateway:
             await asyncio.sleep(0.05)
         for flow in list(self._live.values()):
             exchange = layers.exchange_of(flow)
-            if exchange:
+            if exchange and not exchange.settling:
+                exchange.settling = True
                 exchange.error_code = exchange.error_code or "shutdown"
-                await self._settle(flow, exchange, "interrupted")
+                service.ledger.settle(exchange.row("interrupted", time.monotonic()))
             if flow.killable:
                 flow.kill()
         await asyncio.sleep(0.1)  # last bytes leave the sockets' buffers
@@ -168,9 +170,11 @@ class Gateway:
         request.authority = ""  # a proxy's absolute target is no host of ours
         path = request.path.partition("?")[0]
         service = self._ready_service()
-        if not path.startswith("/"):
-            raise Refusal(400, "invalid_request", "The request's target must be a path.")
-        if request.http_version not in ("HTTP/1.0", "HTTP/1.1", "HTTP/2.0", "HTTP/3"):
+        if not layers.is_ours(flow):
+            raise Refusal(500, "internal_error", "The gateway failed. The request was not sent.")
+        headers.check(request.method, request.data.path, request.headers.fields)
+        spoken = ("HTTP/2.0",) if flow.client_conn.alpn == b"h2" else ("HTTP/1.0", "HTTP/1.1")
+        if request.http_version not in spoken:
             raise Refusal(400, "invalid_request", "This version of HTTP is not spoken here.")
         if public := service.answer_public(request.method, path, draining=self._draining):
             self._reply(flow, public)
@@ -178,6 +182,8 @@ class Gateway:
         if self._draining:
             raise Refusal(503, "shutting_down", "The gateway is shutting down.", headers={"retry-after": "5"})
         caller = service.authenticator.authenticate(headers.keys_in(request.headers.fields))
+        if service.ledger.is_full:  # nobody is let in whose row there is no room for
+            raise service.unbooked()
         exchange = Exchange(
             id=uuid7(),
             caller=caller,
@@ -286,7 +292,10 @@ class Gateway:
         except Exception:
             log.exception("a fault at an answer's head: it goes on unmetered")
             if exchange and exchange.sent and exchange.outcome is None:
-                response.stream = exchange.relay = Relay(None, Tally(), time.monotonic)
+                length = response.headers.get("content-length", "")
+                response.stream = exchange.relay = Relay(
+                    None, Tally(), time.monotonic, content_length=int(length) if length.isdigit() else None
+                )
 
     def _begin_answer(self, flow: http.HTTPFlow, exchange: Exchange | None, response: http.Response) -> None:
         if exchange is None or exchange.outcome or not exchange.sent:  # an answer of our own
@@ -346,12 +355,19 @@ class Gateway:
         if exchange.settling:
             return
         exchange.settling = True
-        self._live.pop(flow.id, None)
-        exchange.release()
-        service = self._ready_service()
-        await service.ledger.settle(exchange.row(outcome, time.monotonic()))
-        exchange.settled = True
-        service.count(outcome)
+        try:
+            exchange.release()
+            service = self._ready_service()
+            committed = service.ledger.settle(exchange.row(outcome, time.monotonic()))
+            if exchange.relay:
+                await committed
+            elif service.ledger.healthy:
+                # An answer of our own waits as long as a busy disk may take, not until a broken one is back.
+                await asyncio.wait({committed}, timeout=OWN_ANSWER_WAITS_S)
+            exchange.settled = True
+            service.count(outcome)
+        finally:
+            self._live.pop(flow.id, None)
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
         exchange = layers.exchange_of(flow)

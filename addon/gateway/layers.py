@@ -8,6 +8,7 @@ is asked,
 - A refused request's body is dropped instead of kept, and a request's head has a size limit.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,8 @@ from mitmproxy.proxy.layers.http import (
 from gateway.exchange import Exchange
 from gateway.relay import Relay
 from gateway.replies import Refusal, refuse
+
+log = logging.getLogger(__name__)
 
 # A head with every header a client might send is a few kB; 64 kB is what servers commonly take.
 MAX_HEAD_BYTES = 64 << 10
@@ -172,6 +175,7 @@ class GatewayStream(HttpStream):
         if exchange.failure is None and not self.flow.response:
             return True
         if not self.flow.response:  # the addon is gone or broken: nobody decided
+            exchange.outcome = exchange.outcome or "unreachable"
             set_response(self.flow, Refusal(502, "upstream_unreachable", message))
         yield from self._leave_server()
         yield from self.send_response()
@@ -214,15 +218,24 @@ class GatewayStream(HttpStream):
         if not isinstance(relay, Relay) or exchange is None:
             yield from super().state_stream_response_body(event)
         elif isinstance(event, ResponseData):
-            data = relay.feed(event.data)
-            if relay.ended and not (yield from self._settle(exchange)):
+            try:
+                data, ended = relay.feed(event.data), relay.ended
+            except Exception:
+                yield from self._cut("a fault in the relay: the answer is cut")
+                return
+            if ended and not (yield from self._settle(exchange)):
                 return
             yield from self._send_to_client(data)
         elif isinstance(event, ResponseEndOfMessage):
-            relay.close()
+            try:
+                relay.close()
+                rest = relay.finish()
+            except Exception:
+                yield from self._cut("a fault in the relay: the answer is cut")
+                return
             if not (yield from self._settle(exchange)):
                 return
-            yield from self._send_to_client(relay.finish())
+            yield from self._send_to_client(rest)
             if self._keeps_bodies:
                 self.flow.response.data.content = bytes(self.response_body_buf)
                 self.response_body_buf.clear()
@@ -238,6 +251,12 @@ class GatewayStream(HttpStream):
         if not exchange.settled and self.flow.killable:
             self.flow.kill()
         return not (yield from self.check_killed(True))
+
+    def _cut(self, why: str) -> CommandGenerator[None]:
+        log.exception(why)
+        if self.flow.killable:
+            self.flow.kill()
+        yield from self.check_killed(True)
 
     def _send_to_client(self, data: bytes) -> CommandGenerator[None]:
         if data:
@@ -339,6 +358,11 @@ class GatewayLayer(HttpLayer):
         )
 
 
+def is_ours(flow: http.HTTPFlow) -> bool:
+    """Whether a flow runs through our layers. Without them, an answer's end would not wait for its row."""
+    return vars(flow.client_conn).get("speaks_to_gateway_layer") is True
+
+
 def install(next_layer: NextLayer) -> None:
     """To be called from the addon's `next_layer` hook: puts our HTTP layer under a reverse proxy's connections."""
     context = next_layer.context
@@ -351,6 +375,7 @@ def install(next_layer: NextLayer) -> None:
             stack /= ClientTLSLayer(context)
         stack /= GatewayLayer(context, HTTPMode.transparent)
         next_layer.layer = stack[0]
+        vars(context.client)["speaks_to_gateway_layer"] = True
 
 
 def error_response(status_code: int, message: str = "") -> bytes:

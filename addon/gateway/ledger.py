@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.5
 # Several workers share the file; each holds it for a few milliseconds at a time.
 BUSY_TIMEOUT_S = 1.0
+# Rows of refused requests that wait for a broken disk: some ten megabytes of them.
+MAX_WAITING_ROWS = 10_000
 # What is left when the process ends is tried this often, then logged.
 LAST_ATTEMPTS = 5
 
@@ -60,6 +62,11 @@ class Ledger:
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
+    @property
+    def is_full(self) -> bool:
+        """The disk has failed for so long that no more rows can be kept in memory."""
+        return len(self._waiting) >= MAX_WAITING_ROWS
+
     def open(self, row: Row) -> None:
         """Queue an open row. It is not waited for: the row's settlement carries everything again."""
         self._put(_Write(row))
@@ -92,7 +99,12 @@ class Ledger:
     def _run(self) -> None:
         last_attempts = LAST_ATTEMPTS
         while batch := self._next_batch():
-            left = self._write(batch)
+            try:
+                left = self._write(batch)
+            except BaseException:  # even SystemExit, which mitmproxy's log raises when it can't be written
+                self.healthy, left = False, batch
+                with contextlib.suppress(BaseException):
+                    log.exception("the ledger failed; it tries again")
             if not left:
                 continue
             with self._wake:
@@ -120,15 +132,15 @@ class Ledger:
             self._commit(batch)
         except Exception as error:
             if _is_trouble_with_the_file(error):
-                if self.healthy:
+                was_healthy, self.healthy = self.healthy, False
+                if was_healthy:
                     log.error("usage.db can't be written, requests are refused until it can: %s", error)
-                self.healthy = False
                 return batch
             return self._without_the_impossible(batch)
-        if not self.healthy:
-            log.warning("usage.db can be written again")
-        self.healthy = True
+        was_healthy, self.healthy = self.healthy, True
         _tell([write.future for write in batch], lambda future: future.set_result(None))
+        if not was_healthy:
+            log.warning("usage.db can be written again")
         return []
 
     def _without_the_impossible(self, batch: "list[_Write]") -> "list[_Write]":

@@ -17,7 +17,7 @@ from gateway.wire import Asked
 
 
 class Service:
-    """Everything behind the hooks. Raises OSError or sqlite3.Error when its files can't be opened."""
+    """Everything behind the hooks. Raises OSError when its files can't be opened."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -47,6 +47,9 @@ class Service:
         return Refusal(
             413, "request_too_large", f"The request body is over {self.config.max_body_mb:g} MB.", param="body"
         )
+
+    def unbooked(self) -> Refusal:
+        return Refusal(503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"})
 
     def read(self, endpoint: str, body: bytes, content_type: str) -> Asked:
         """What a body asks for. Bodies of paths that we know must be readable; others may be anything. Raises
@@ -94,9 +97,7 @@ class Service:
             wanted = repr(names[0][:200]) if names else "a server without naming a model"
             raise Refusal(403, "model_not_allowed", f"This API key may not use {wanted}.", param="model")
         if not self.ledger.healthy:
-            raise Refusal(
-                503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"}
-            )
+            raise self.unbooked()
         exchange.served_model = model
         exchange.fill_in_model = asked is None and self.config.default_model is not None
         exchange.claim = self.router.pick(model)

@@ -67,9 +67,12 @@ def prepare() -> None:
 
 
 def _is_not_about_default_mode(record: logging.LogRecord) -> bool:
-    """mitmproxy starts its default mode before it loads scripts. That mode is replaced; that its port is taken (8080 is
-    llama-server's, too) is no reason to exit."""
-    return "failed to listen" not in record.getMessage() or ctx.options.mode != ["regular"]
+    """mitmproxy starts its default mode before it loads scripts, and would exit when that fails. It is replaced anyway,
+    and that its port is taken (8080 is llama-server's, too) is nobody's concern. Stopping what never listened is logged
+    as an error without a message.
+    """
+    message = record.getMessage()
+    return bool(message) and not message.startswith("HTTP(S) proxy failed to listen")
 
 
 def set_options(config: Config) -> None:
