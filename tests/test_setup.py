@@ -100,7 +100,8 @@ class Serve:
     def __init__(self, folder: Path, *arguments: str, config: str | None = None) -> None:
         self.port = free_port()
         self.config = folder / "config.yaml"
-        self.config.write_text(config or f'listen: "127.0.0.1:{self.port}"\ndrain_s: 5\nservers: []\n')
+        servers = "servers: [{name: a, url: 'http://127.0.0.1:1'}]"
+        self.config.write_text(config or f'listen: "127.0.0.1:{self.port}"\ndrain_s: 5\n{servers}\n')
         self.log = folder / "serve.log"
         command = [sys.executable, str(SCRIPTS / "serve.py"), "--config", str(self.config), *arguments]
         with self.log.open("wb") as log:
@@ -192,7 +193,7 @@ def test_a_port_in_use_is_said_in_one_line(start_serve: StartServe) -> None:
 
 
 def test_a_wrong_config_is_said(start_serve: StartServe) -> None:
-    serve = start_serve("--no-dashboard", config="servers: []\nlisten: here\n")
+    serve = start_serve("--no-dashboard", config="servers: [{name: a, url: 'http://127.0.0.1:1'}]\nlisten: here\n")
     assert serve.process.wait(START_S) == 2
     assert serve.said().startswith(f"scripts/serve: {serve.config}: listen: ")
 

@@ -359,7 +359,7 @@ class Gateway:
             exchange.release()
             service = self._ready_service()
             committed = service.ledger.settle(exchange.row(outcome, time.monotonic()))
-            if exchange.relay:
+            if exchange.outcome is None:
                 await committed
             elif service.ledger.healthy:
                 # An answer of our own waits as long as a busy disk may take, not until a broken one is back.
