@@ -11,7 +11,7 @@ MODULES = {path.stem: path for path in sorted((ADDON / "gateway").glob("*.py")) 
 MAX_LINES = 400
 
 MAY_IMPORT = {
-    "mitmproxy": {"connections", "dispatch", "hooks", "layers", "startup"},
+    "mitmproxy": {"connections", "dispatch", "hooks", "http1", "layers", "lifecycle", "startup"},
     "sqlite3": {"database", "keystore", "ledger"},
     "sqlite_utils": {"database", "keystore", "ledger", "schema"},
     "yaml": {"config"},

@@ -1,5 +1,6 @@
-"""Who is asking, and may they? Authentication starts from *no*: a caller exists only where a key was found and is
-good.
+"""Who is asking, and may they?
+
+Authentication starts from *no*: a caller exists only where a key was found and is good.
 """
 
 import functools

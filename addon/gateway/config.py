@@ -89,9 +89,7 @@ _EXPECTED = {
 
 
 def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
-    """Read and check a config file (YAML, so JSON too). Relative paths in it count from its folder. Raises
-    ConfigError.
-    """
+    """Read and check a config file. Relative paths in it count from its folder. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

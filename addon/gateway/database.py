@@ -1,6 +1,4 @@
-"""SQLite files that several processes use: opened one at a time, written in transactions that take their lock at
-once.
-"""
+"""SQLite files that several processes use: opened one at a time, locked before a transaction reads or writes."""
 
 import contextlib
 import fcntl

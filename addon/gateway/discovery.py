@@ -1,5 +1,4 @@
-"""Asks servers what they are: their models (when the config leaves them out), whether they answer, whether they are
-llama.cpp.
+"""Asks servers what they are: whether they answer, which models they have, whether they are llama.cpp.
 
 Only /v1/models is asked: it needs no slot and does not wake a sleeping llama-server. The asking is done in
 threads, what was told is noted on the event loop.

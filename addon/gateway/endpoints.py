@@ -1,6 +1,4 @@
-"""Paths: which are ours, and which of the servers' are not for plain keys. All others are proxied, known to us or
-not.
-"""
+"""Paths: which are ours, and which of the servers' are not for plain keys. All others are proxied, known or not."""
 
 import posixpath
 from urllib.parse import unquote

@@ -100,9 +100,7 @@ class Exchange:
             self.claim.release()
 
     def body_for(self, server: Server, content_type: str) -> bytes:
-        """The body as `server` shall get it: the client's bytes, with the model's name and the wish for usage
-        patched in.
-        """
+        """The client's body, with what `server` needs patched in: its name of the model, the wish for usage."""
         body, model, asked = self.body, self.served_model, self.asked
         self.usage_asked = False
         if model is not None and (self.fill_in_model or asked.model not in (None, model)):

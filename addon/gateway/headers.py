@@ -1,6 +1,4 @@
-"""Which headers go on. All do, but for those of one hop (RFC 9110 section 7.6.1), keys, and what would let a
-client meddle.
-"""
+"""Which headers go on: all but those of one hop (RFC 9110 section 7.6.1), keys, and what lets clients meddle."""
 
 import re
 from collections.abc import Iterable, Iterator

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate
 
-from mitmproxy import connection, ctx, exceptions, http
+from mitmproxy import connection, ctx, http
 from mitmproxy.addonmanager import Loader
 from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 
-from gateway import config, headers, layers, startup
+from gateway import headers, layers, startup
 from gateway.answers import relay_for
-from gateway.connections import Connections
 from gateway.exchange import Exchange, utc_now, uuid7
+from gateway.lifecycle import Lifecycle
 from gateway.relay import Relay
 from gateway.replies import Refusal, Reply
 from gateway.service import Service
@@ -33,7 +33,6 @@ from gateway.tally import Tally
 log = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-SWEEP_S = 1.0
 # The same server is tried again only over a fresh connection; each other server of the model once.
 MAX_ATTEMPTS = 4
 OWN_ANSWER_WAITS_S = 1.0
@@ -56,88 +55,25 @@ def _gate[**P](hook: Callable[Concatenate["Gateway", http.HTTPFlow, P], None]) -
 
 
 class Gateway:
-    """The one addon. Its service is built in `configure` and closed in `done`."""
+    """The one addon."""
 
     def __init__(self) -> None:
-        self.service: Service | None = None
-        self.connections = Connections()
-        self._sweeper: asyncio.Task[None] | None = None
-        self._live: dict[str, http.HTTPFlow] = {}  # flows with an exchange that is not settled
-        self._draining = False
-
-    # -- life ----------------------------------------------------------------------------------------------------------
+        self.life = Lifecycle()
+        self.connections = self.life.connections
 
     def load(self, loader: Loader) -> None:
         loader.add_option("llmproxy_config", str, str(DEFAULT_CONFIG), "llmproxy: path of the config file.")
         startup.prepare()
 
     def configure(self, updated: set[str]) -> None:
-        if "llmproxy_config" in updated or self.service is None:
-            try:
-                self.service = Service(config.load(ctx.options.llmproxy_config))
-            except (config.ConfigError, OSError) as error:
-                raise exceptions.OptionsError(str(error)) from error
-            startup.set_options(self.service.config)
+        self.life.configure(ctx.options.llmproxy_config)
 
     def running(self) -> None:
-        if self.service is None:
-            return
-        startup.survive_hangup()
-        startup.trim_addons()
-        startup.listen(self.service.config)
-        self.service.discovery.start()
-        self.connections.start()
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        self.life.run()
 
     def done(self) -> Any:
-        """Not `async def`: mitmproxy calls it synchronously when the script is reloaded. At the end it awaits what
-        is returned.
-        """
-        if ctx.master.should_exit.is_set() and self.service:
-            return self._drain(self.service)
-        self._close()
-        return None
-
-    def _close(self) -> None:
-        if self._sweeper:
-            self._sweeper.cancel()
-        self.connections.stop()
-        if self.service:
-            service, self.service = self.service, None
-            # After a reload, requests still run that the next Gateway settles: they must not pass for a dead worker's.
-            service.close(still_running=bool(self._live))
-
-    async def _drain(self, service: Service) -> None:
-        """No new requests; running ones end, or are cut at `drain_s`, with their rows settled."""
-        self._draining = True
-        stop_now = startup.second_signal()
-        startup.stop_listening()
-        deadline = time.monotonic() + service.config.drain_s
-        while self._live and time.monotonic() < deadline and not stop_now.is_set():
-            await asyncio.sleep(0.05)
-        for flow in list(self._live.values()):
-            exchange = layers.exchange_of(flow)
-            if exchange and not exchange.settling:
-                exchange.settling = True
-                exchange.error_code = exchange.error_code or "shutdown"
-                service.ledger.settle(exchange.row("interrupted", time.monotonic()))
-            if flow.killable:
-                flow.kill()
-        await asyncio.sleep(0.1)  # last bytes leave the sockets' buffers
-        self._close()
-
-    async def _sweep(self) -> None:
-        """Requests whose server has not said a byte in time: their connection is closed, `upstream_failed` follows."""
-        while self.service:
-            await asyncio.sleep(SWEEP_S)
-            limit = self.service.config.first_byte_timeout_s
-            for flow in list(self._live.values()):
-                exchange = layers.exchange_of(flow)
-                if exchange and exchange.sent and flow.response is None and time.monotonic() - exchange.sent > limit:
-                    exchange.timed_out = True
-                    self.connections.close_server(flow)
-
-    # -- connections ---------------------------------------------------------------------------------------------------
+        """Returns what mitmproxy shall await at its end. Not `async def`: a reload calls it synchronously."""
+        return self.life.end()
 
     def next_layer(self, next_layer: NextLayer) -> None:
         layers.install(next_layer)
@@ -152,13 +88,11 @@ class Gateway:
         self.connections.disconnected(client)
 
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
-        if not self.service or not self.service.is_server(data.server.address):
+        if not self.life.service or not self.life.service.is_server(data.server.address):
             data.server.error = "no server of this gateway"
 
     def server_disconnected(self, data: server_hooks.ServerConnectionHookData) -> None:
         self.connections.server_disconnected(data)
-
-    # -- the request ---------------------------------------------------------------------------------------------------
 
     @_gate
     def requestheaders(self, flow: http.HTTPFlow) -> None:
@@ -176,10 +110,10 @@ class Gateway:
         spoken = ("HTTP/2.0",) if flow.client_conn.alpn == b"h2" else ("HTTP/1.0", "HTTP/1.1")
         if request.http_version not in spoken:
             raise Refusal(400, "invalid_request", "This version of HTTP is not spoken here.")
-        if public := service.answer_public(request.method, path, draining=self._draining):
+        if public := service.answer_public(request.method, path, draining=self.life.draining):
             self._reply(flow, public)
             return
-        if self._draining:
+        if self.life.draining:
             raise Refusal(503, "shutting_down", "The gateway is shutting down.", headers={"retry-after": "5"})
         caller = service.authenticator.authenticate(headers.keys_in(request.headers.fields))
         if service.ledger.is_full:  # nobody is let in whose row there is no room for
@@ -198,15 +132,15 @@ class Gateway:
             http10=request.http_version == "HTTP/1.0",
         )
         layers.open_exchange(flow, exchange)
-        self._live[flow.id] = flow
+        self.life.live[flow.id] = flow
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > exchange.max_body_bytes:
             raise service.too_large()
 
     async def request(self, flow: http.HTTPFlow) -> None:
         """What is wanted, and where does it go?"""
-        if self.service and not flow.response:
-            await self.service.discovery.asked_once()
+        if self.life.service and not flow.response:
+            await self.life.service.discovery.asked_once()
         self._route(flow)
 
     @_gate
@@ -282,8 +216,6 @@ class Gateway:
         exchange.outcome = None
         self._dispatch(flow, exchange)
 
-    # -- the answer ----------------------------------------------------------------------------------------------------
-
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         exchange, response = layers.exchange_of(flow), flow.response
         assert response
@@ -309,7 +241,7 @@ class Gateway:
             response.headers["transfer-encoding"] = "chunked"
         if exchange.http10:
             response.headers.pop("transfer-encoding", None)
-        if exchange.http10 or exchange.close_client or self._draining:
+        if exchange.http10 or exchange.close_client or self.life.draining:
             response.headers["connection"] = "close"
         response.stream = exchange.relay = relay
 
@@ -348,8 +280,6 @@ class Gateway:
             exchange.relay.close()
         await self._settle(flow, exchange, exchange.cut_outcome())
 
-    # -- ends ----------------------------------------------------------------------------------------------------------
-
     async def _settle(self, flow: http.HTTPFlow, exchange: Exchange, outcome: str) -> None:
         """Once, wherever it ends: give back what was claimed, write the row, wait until it is on disk."""
         if exchange.settling:
@@ -367,7 +297,7 @@ class Gateway:
             exchange.settled = True
             service.count(outcome)
         finally:
-            self._live.pop(flow.id, None)
+            self.life.live.pop(flow.id, None)
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
         exchange = layers.exchange_of(flow)
@@ -389,10 +319,10 @@ class Gateway:
         assert flow.response
         if exchange:
             flow.response.headers["x-request-id"] = exchange.id
-        if self._draining or (exchange and exchange.close_client):
+        if self.life.draining or (exchange and exchange.close_client):
             flow.response.headers["connection"] = "close"
 
     def _ready_service(self) -> Service:
-        if self.service is None:
+        if self.life.service is None:
             raise Refusal(503, "not_ready", "The gateway is not configured.")
-        return self.service
+        return self.life.service

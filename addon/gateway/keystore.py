@@ -1,5 +1,4 @@
-"""keys.db: who may come in. Keys are stored as SHA-256 only; a key is 256 random bits, so a slow hash would buy
-nothing.
+"""keys.db: who may come in. Only the SHA-256 of a key is kept; of 256 random bits, a slow hash would buy nothing.
 
 The file is created with mode 0600 and is never published. A running proxy reads it through `KeyReader`, which asks
 SQLite before each request whether anybody changed the file (`PRAGMA data_version`: microseconds), so that a change
@@ -80,9 +79,7 @@ def iso(moment: datetime) -> str:
 
 
 def parse_expiry(text: str, now: datetime) -> str:
-    """ "90d", "12h", "2027-01-31" (valid through that day, UTC) or an ISO 8601 time -> UTC ISO 8601. Raises
-    ValueError.
-    """
+    """A span (90d, 12h), a date (valid through it) or an ISO 8601 time -> UTC ISO 8601. Raises ValueError."""
     try:
         return iso(_expiry(text, now))
     except OverflowError:

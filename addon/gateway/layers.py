@@ -1,11 +1,10 @@
 """What mitmproxy's hooks can't do, as subclasses of its HTTP layers (pinned to 12.2; `next_layer` puts them in).
 
-- An upstream connection that is refused, or closes before the first byte of an answer, is no error yet: the addon
-is asked,
-  and the same request may go out again. After a byte came back nothing is ever sent twice.
-- llama-server closes its connection after every streamed answer without saying so: such a connection is not used again.
+- An upstream connection that is refused, or closes before the first byte of an answer, is no error yet: the addon is
+  asked, and the same request may go out again. After a byte came back nothing is ever sent twice.
+- llama-server closes its connection after every streamed answer without saying so: it is not used again.
 - The end of an answer waits until the addon has settled the request.
-- A refused request's body is dropped instead of kept, and a request's head has a size limit.
+- A refused request's body is dropped instead of kept.
 """
 
 import logging
@@ -14,10 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import mitmproxy.proxy.layers.http
 from mitmproxy import http
 from mitmproxy.connection import Connection, Server
-from mitmproxy.net.http.http1 import assemble_response
 from mitmproxy.net.tls import starts_like_tls_record
 from mitmproxy.proxy import commands, events, layer, tunnel
 from mitmproxy.proxy.layer import CommandGenerator, NextLayer
@@ -27,7 +24,6 @@ from mitmproxy.proxy.layers.http import (
     GetHttpConnection,
     HTTPMode,
     HttpStream,
-    ReceiveHttp,
     RequestData,
     RequestEndOfMessage,
     RequestHeaders,
@@ -38,26 +34,19 @@ from mitmproxy.proxy.layers.http import (
     ResponseProtocolError,
     ResponseTrailers,
     SendHttp,
-    _http1,
 )
 
 from gateway.exchange import Exchange
+from gateway.http1 import BoundedHttp1Server
 from gateway.relay import Relay
 from gateway.replies import Refusal, refuse
 
 log = logging.getLogger(__name__)
 
-# A head with every header a client might send is a few kB; 64 kB is what servers commonly take.
-MAX_HEAD_BYTES = 64 << 10
-# Clients don't pipeline LLM requests; what comes early is kept only this far.
-MAX_PIPELINED_BYTES = 1 << 20
-
 
 @dataclass
 class UpstreamFailedHook(commands.StartHook):
-    """No byte of an answer came. The addon sets `flow.response` (give up) or gives the request a destination (try
-    again).
-    """
+    """No byte of an answer came. The addon gives the request a destination again, or sets `flow.response`."""
 
     name = "upstream_failed"
     flow: http.HTTPFlow
@@ -96,15 +85,12 @@ class _Sink(layer.Layer):
 class GatewayStream(HttpStream):
     """One request and its answer."""
 
-    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
-        if isinstance(event, RequestProtocolError):
-            self._note_cut("client")
-        elif isinstance(event, ResponseProtocolError):
-            if self._waits_for_answer():
-                yield from self._ask_after_failure(event.message)
-                return
-            self._note_cut("server")
-        yield from super()._handle_event(event)
+    def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> CommandGenerator[None]:
+        if isinstance(event, ResponseProtocolError) and self._waits_for_answer():
+            yield from self._ask_after_failure(event.message)
+            return
+        self._note_cut("client" if isinstance(event, RequestProtocolError) else "server")
+        yield from super().handle_protocol_error(event)
 
     def _note_cut(self, side: str) -> None:
         flow = getattr(self, "flow", None)
@@ -118,8 +104,6 @@ class GatewayStream(HttpStream):
             and self.client_state == self.state_done
             and exchange_of(self.flow) is not None
         )
-
-    # -- the request ---------------------------------------------------------------------------------------------------
 
     def state_consume_request_body(self, event: events.Event) -> CommandGenerator[None]:
         if isinstance(event, RequestData):
@@ -148,9 +132,8 @@ class GatewayStream(HttpStream):
                 return True
             exchange = exchange_of(self.flow)
             if exchange is None:
-                yield from self.handle_protocol_error(
-                    ResponseProtocolError(self.stream_id, error, ErrorCode.CONNECT_FAILED)
-                )
+                failed = ResponseProtocolError(self.stream_id, error, ErrorCode.CONNECT_FAILED)
+                yield from super().handle_protocol_error(failed)
                 return False
             exchange.connection_refused = exchange.may_send_again = True
             if not (yield from self._wants_another_try(error)):
@@ -203,8 +186,6 @@ class GatewayStream(HttpStream):
             yield SendHttp(RequestData(self.stream_id, body), self.context.server)
         yield SendHttp(RequestEndOfMessage(self.stream_id), self.context.server)
 
-    # -- the answer ----------------------------------------------------------------------------------------------------
-
     def state_wait_for_response_headers(self, event: events.Event) -> CommandGenerator[None]:
         assert isinstance(event, ResponseHeaders)
         headers = event.response.headers
@@ -225,7 +206,10 @@ class GatewayStream(HttpStream):
                 return
             if ended and not (yield from self._settle(exchange)):
                 return
-            yield from self._send_to_client(data)
+            if data:
+                if self._keeps_bodies:
+                    self.response_body_buf += data
+                yield SendHttp(ResponseData(self.stream_id, data), self.context.client)
         elif isinstance(event, ResponseEndOfMessage):
             try:
                 relay.close()
@@ -235,7 +219,10 @@ class GatewayStream(HttpStream):
                 return
             if not (yield from self._settle(exchange)):
                 return
-            yield from self._send_to_client(rest)
+            if rest:
+                if self._keeps_bodies:
+                    self.response_body_buf += rest
+                yield SendHttp(ResponseData(self.stream_id, rest), self.context.client)
             if self._keeps_bodies:
                 self.flow.response.data.content = bytes(self.response_body_buf)
                 self.response_body_buf.clear()
@@ -258,12 +245,6 @@ class GatewayStream(HttpStream):
             self.flow.kill()
         yield from self.check_killed(True)
 
-    def _send_to_client(self, data: bytes) -> CommandGenerator[None]:
-        if data:
-            if self._keeps_bodies:
-                self.response_body_buf += data
-            yield SendHttp(ResponseData(self.stream_id, data), self.context.client)
-
     @cached_property
     def _keeps_bodies(self) -> bool:
         """For mitmweb; looking an option up costs more than the rest of passing a chunk on."""
@@ -276,43 +257,6 @@ class GatewayStream(HttpStream):
         return parent
 
 
-class _DropsTrailers(_http1.Http1Connection):
-    """mitmproxy's HTTP/1 breaks down at a chunked body's trailers, and the peer waits forever. A proxy may drop them
-    (RFC 9110 section 6.5.1).
-    """
-
-    def read_body(self, event: events.Event) -> CommandGenerator[None]:
-        try:
-            yield from super().read_body(event)
-        except NotImplementedError:
-            assert self.stream_id is not None
-            is_request = isinstance(self, _http1.Http1Server)
-            yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
-            yield from self.mark_done(request=is_request, response=not is_request)
-
-
-class DroppingHttp1Client(_DropsTrailers, _http1.Http1Client):
-    """mitmproxy's HTTP/1 client, with trailers dropped."""
-
-
-class BoundedHttp1Server(_DropsTrailers, _http1.Http1Server):
-    """mitmproxy's HTTP/1 server with trailers dropped, and bounds on what a client may make it keep."""
-
-    def read_headers(self, event: events.ConnectionEvent) -> CommandGenerator[None]:
-        is_data = isinstance(event, events.DataReceived) and len(self.buf) > MAX_HEAD_BYTES
-        if is_data and b"\r\n\r\n" not in bytes(self.buf)[:MAX_HEAD_BYTES]:
-            yield commands.SendData(self.conn, error_response(431, "The request's head is too large."))
-            yield commands.CloseConnection(self.conn)
-            self.state = self.done
-            return
-        yield from super().read_headers(event)
-
-    def wait(self, event: events.Event) -> CommandGenerator[None]:
-        if len(self.buf) > MAX_PIPELINED_BYTES:
-            event = events.ConnectionClosed(self.conn)
-        yield from super().wait(event)
-
-
 class GatewayLayer(HttpLayer):
     """A client connection and its connections to servers."""
 
@@ -320,11 +264,14 @@ class GatewayLayer(HttpLayer):
         super().__init__(context, mode)
         self.used: set[Connection] = set()  # connections that a request was sent over
         self.spent: set[Connection] = set()  # connections that the server will close
+        self._handle_event = self._begin  # type: ignore[method-assign]
 
-    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
-        if isinstance(event, events.Start) and self.context.client.alpn in (None, b"http/1.1"):
+    def _begin(self, event: events.Event) -> CommandGenerator[None]:
+        """The first event. A generator of ours around each later one would cost more than what it adds."""
+        if self.context.client.alpn in (None, b"http/1.1"):
             # The base class sets this by setdefault, too.
             self.connections.setdefault(self.context.client, BoundedHttp1Server(self.context.fork()))
+        del self._handle_event
         yield from super()._handle_event(event)
 
     def make_stream(self, stream_id: int) -> CommandGenerator[None]:
@@ -376,20 +323,6 @@ def install(next_layer: NextLayer) -> None:
         stack /= GatewayLayer(context, HTTPMode.transparent)
         next_layer.layer = stack[0]
         vars(context.client)["speaks_to_gateway_layer"] = True
-
-
-def error_response(status_code: int, message: str = "") -> bytes:
-    """mitmproxy's own refusals (malformed requests) in our dialect instead of an HTML page."""
-    codes = {413: "request_too_large", 431: "request_too_large", 502: "upstream_unreachable"}
-    reply = refuse(Refusal(status_code, codes.get(status_code, "invalid_request"), message[:300]), "")
-    response = http.Response.make(reply.status, reply.body, {**reply.headers, "Connection": "close"})
-    return bytes(assemble_response(response))
-
-
-def take_over() -> None:
-    """Have mitmproxy use ours in the two places that no subclass reaches. It looks these names up at each call."""
-    _http1.make_error_response = error_response
-    mitmproxy.proxy.layers.http.Http1Client = DroppingHttp1Client  # type: ignore[misc]
 
 
 def set_response(flow: http.HTTPFlow, refusal: Refusal) -> None:

@@ -34,17 +34,17 @@ LAST_ATTEMPTS = 5
 
 _COLUMNS = Row.__struct_fields__
 _INSERT = f"insert into requests ({', '.join(_COLUMNS)}) values ({', '.join(':' + name for name in _COLUMNS)})"
+# What is known at admission does not change any more, and is not written again: indexes stand on it.
+_KNOWN_AT_ADMISSION = {"id", "started_at", "key_id", "key_name", "endpoint", "worker", "client_request_id"}
 _SETTLE = (
     f"{_INSERT} on conflict (id) do update set "
-    + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name != "id")
+    + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name not in _KNOWN_AT_ADMISSION)
     + " where outcome = 'open'"
 )
 
 
 class Ledger:
-    """usage.db of one worker. `open` and `settle` are for the event loop; after the start all SQL runs in the writer's
-    thread.
-    """
+    """usage.db of one worker. `open` and `settle` are for the event loop; all SQL runs in the writer's thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

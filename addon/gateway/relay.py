@@ -45,6 +45,10 @@ class StreamMeter:
         self._reader = sse.EventReader()
 
     def feed(self, data: bytes) -> bytes:
+        event = self._reader.only_event(data)
+        if event is not None and not self._strip:  # nearly always: a piece is an event
+            self._look(b"", event)
+            return data
         return self._pass(data, self._reader.feed(data))
 
     def end(self) -> bytes:
@@ -113,9 +117,7 @@ class Relay:
         has_mark: bool = False,
         changes_length: bool = False,
     ) -> None:
-        """`has_mark`: a stream of this format ends with a mark of its own. `changes_length`: the meter takes bytes
-        out.
-        """
+        """`has_mark`: streams of this format end with a mark. `changes_length`: the meter takes bytes out."""
         self.changes_length = changes_length
         self.tally = tally
         self.is_stream = is_stream

@@ -52,9 +52,7 @@ class Service:
         return Refusal(503, "ledger_unavailable", "Use can't be recorded at the moment.", headers={"retry-after": "5"})
 
     def read(self, endpoint: str, body: bytes, content_type: str) -> Asked:
-        """What a body asks for. Bodies of paths that we know must be readable; others may be anything. Raises
-        Refusal.
-        """
+        """What a body asks for. On paths that we know it must be readable, on others JSON must. Raises Refusal."""
         if content_type.lower().startswith("multipart/form-data"):
             return wire.read_multipart(body, content_type)
         looks_like_json = body.lstrip(b" \t\r\n").startswith(b"{")

@@ -18,9 +18,7 @@ _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """What stands between two blank lines: the exact bytes, and the event in them (`data` is None when there is
-    none).
-    """
+    """What stands between two blank lines: the exact bytes, and the event in them, if any (`data` is not None)."""
 
     raw: bytes
     data: bytes | None
@@ -38,6 +36,13 @@ class EventReader:
         self._seen = 0  # bytes of _pending in which no end was found
         self._too_long = False
         self._started = False
+
+    def only_event(self, data: bytes) -> bytes | None:
+        """The data of a piece that is one whole event of one data line, and needs no `feed`. None: feed it."""
+        whole = data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n")
+        if whole and self._started and not self._pending and not self._too_long and b"\r" not in data:
+            return data[6:-2]
+        return None
 
     def feed(self, data: bytes) -> list[Block]:
         if not self._pending and data.endswith(b"\n\n") and b"\r" not in data and self._started:

@@ -9,7 +9,7 @@ import sys
 from mitmproxy import ctx
 from mitmproxy.proxy import mode_specs
 
-from gateway import layers
+from gateway import http1
 from gateway.config import Config
 from gateway.dispatch import Dispatch
 
@@ -57,7 +57,7 @@ QUIET_FLOW_DETAIL = 1
 
 def prepare() -> None:
     """Before anything else: errors in our dialect, and room for many connections."""
-    layers.take_over()
+    http1.take_over()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard > soft else (soft, hard))
     # A line per connection says nothing that a row does not.

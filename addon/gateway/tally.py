@@ -74,9 +74,7 @@ class Tally:
         )
 
     def report(self, tokens: Tokens, source: str, choice: int | None, final: bool) -> None:
-        """Book what the server said: of the whole answer (`choice` None), or of one choice, at its end or on the
-        way.
-        """
+        """Book what the server said: of all (`choice` None), or of one choice, at its end or on the way."""
         if tokens == Tokens():
             return
         if self.source != "usage":

@@ -12,12 +12,12 @@ import msgspec
 from gateway.tally import Count, Millis, Tally, Tokens, add
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: Count | None = None
     reasoning_tokens: Count | None = None
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     """Usage under OpenAI's older names (prompt, completion), its newer ones (input, output) and Anthropic's."""
 
     prompt_tokens: Count | None = None
@@ -48,7 +48,7 @@ class Usage(msgspec.Struct):
         return Tokens(prompt=prompt, cached=self.cache_read_input_tokens, completion=self.output_tokens)
 
 
-class Timings(msgspec.Struct):
+class Timings(msgspec.Struct, gc=False):
     """llama.cpp's `timings`: `prompt_n` leaves out the cached tokens."""
 
     cache_n: Count | None = None
@@ -61,7 +61,7 @@ class Timings(msgspec.Struct):
         return Tokens(prompt=add((self.cache_n, self.prompt_n)), cached=self.cache_n, completion=self.predicted_n)
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     content: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
@@ -69,14 +69,14 @@ class _Delta(msgspec.Struct):
     function_call: Any = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     finish_reason: Any = None
     text: Any = None
     delta: _Delta | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: Usage | None = None
     timings: Timings | None = None
@@ -133,7 +133,7 @@ def _read_choices(tally: Tally, choices: list[_Choice], *, whole: bool) -> bool:
     return finished
 
 
-class _Native(msgspec.Struct):
+class _Native(msgspec.Struct, gc=False):
     index: int = 0
     content: Any = None
     stop: bool = False
@@ -174,7 +174,7 @@ def _read_native_part(tally: Tally, part: _Native) -> None:
         tally.done = len(tally.ended_choices) >= tally.answers
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     usage: Usage | None = None
 
 

@@ -1,5 +1,4 @@
-"""A request's body <-> what we need of it: the model, whether it streams. Everything else in it stays as it is, to
-the byte.
+"""A request's body <-> what we need of it: the model, whether it streams. All else in it stays, to the byte.
 
 Bodies are read with typed structs (half a megabyte of prompt costs a fraction of a millisecond) and changed by
 replacing the bytes of one value. Nothing here knows HTTP beyond a content type.
@@ -17,9 +16,7 @@ from gateway.replies import Refusal
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What a request asks for. `model` None: not said. `prompts` and `answers`: how many at once (native and
-    OpenAI's n).
-    """
+    """What a request asks for. `model` None: not said. `prompts`, `answers`: how many at once."""
 
     kind: Literal["json", "form", "other"] = "other"
     model: str | None = None
@@ -86,9 +83,7 @@ def _count_prompts(prompt: bytes) -> int:
 
 
 def read_multipart(body: bytes, content_type: str) -> Asked:
-    """Read a multipart/form-data body (audio): the model is a form field. Raises Refusal (400) when it can't be
-    read.
-    """
+    """Read a multipart/form-data body (audio): the model is a form field. Raises Refusal (400)."""
     model = _form_field(body, content_type, "model")
     stream = _form_field(body, content_type, "stream")
     return Asked(
