@@ -1,6 +1,7 @@
 """scripts/serve: the proxy's workers and the dashboard, in the foreground, until a signal.
 
-SIGTERM and SIGINT let the workers finish what runs (config: drain_s), a second one cuts it; SIGHUP reloads the config.
+SIGTERM and SIGINT let the workers finish what runs (config: drain_s), a second one cuts it. A changed config takes a
+restart.
 """
 
 import argparse

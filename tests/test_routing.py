@@ -9,9 +9,10 @@ from gateway.config import Config, Server
 from gateway.exchange import Exchange
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
-from gateway.routing import MAX_MODEL_NAME, Claim, Router, least_busy
+from gateway.routing import Claim, Router, least_busy
 from gateway.routing import Server as Upstream
 from gateway.service import Service
+from gateway.wire import MAX_MODEL_NAME
 
 
 def router(*servers: str, aliases: dict[str, str] | None = None, default: str | None = None) -> Router:
@@ -46,7 +47,6 @@ UNKNOWN = {
     "another case": "M",
     "half an alias": "fas",
     "a pattern's own text": "/claude-.*/x",
-    "too long for patterns": "gpt-" + "x" * MAX_MODEL_NAME,
 }
 
 

@@ -62,6 +62,11 @@ BAD_BODIES: dict[str, tuple[bytes, str]] = {
     "model a number": (b'{"model":1}', "model"),
     "model a list": (b'{"model":["m"]}', "model"),
     "model an object": (b'{"model":{"a":1}}', "model"),
+    "too long a model": (b'{"model":"' + b"x" * 513 + b'"}', "model"),
+    "two models to tell apart in too large a body": (
+        b'{"x":{"model":1},"y":[' + b"0," * 300_000 + b'0],"model":"m"}',
+        "body",
+    ),
     "doubled models": (b'{"model":"a","model":"b"}', "model"),
     "doubled models, one with an escape": (b'{"model":"a","mod\\u0065l":"b"}', "model"),
     "the last of doubled models a number": (b'{"model":"m","model":1}', "model"),

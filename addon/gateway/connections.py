@@ -7,11 +7,14 @@ is closed here.
 
 import asyncio
 import collections
+import logging
 import time
 from typing import Any
 
 from mitmproxy import connection, ctx, http
 from mitmproxy.proxy import server_hooks
+
+log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 # A client sends its head at once; a keep-alive client may come back (pools keep connections for a minute or two).
@@ -24,14 +27,19 @@ SERVER_CONNECTIONS_PER_CLIENT = 1000
 
 
 class _Client:
-    """Of one connection: what it is waiting for, and since when."""
-
-    __slots__ = ("phase", "running", "since")
+    """One connection: its flows, those of them whose body is still coming, and since when it has none."""
 
     def __init__(self, now: float) -> None:
-        self.phase = "head"
+        self.running: set[str] = set()
+        self.bodies: set[str] = set()
         self.since = now
-        self.running = 0
+        self.is_new = True
+
+    def is_overdue(self, now: float, silent_s: float) -> bool:
+        """`silent_s`: how long nothing has come over it."""
+        if not self.running:
+            return now - self.since > (HEAD_TIMEOUT_S if self.is_new else IDLE_TIMEOUT_S)
+        return self.bodies == self.running and silent_s > BODY_TIMEOUT_S
 
 
 class Connections:
@@ -62,18 +70,19 @@ class Connections:
 
     def request_begins(self, flow: http.HTTPFlow) -> None:
         if client := self._clients.get(flow.client_conn.id):
-            client.running += 1
-            client.phase = "body"
+            client.is_new = False
+            client.running.add(flow.id)
+            client.bodies.add(flow.id)
 
     def request_ends(self, flow: http.HTTPFlow) -> None:
         if client := self._clients.get(flow.client_conn.id):
-            client.phase = "answer"
+            client.bodies.discard(flow.id)
 
     def flow_ends(self, flow: http.HTTPFlow) -> None:
         if client := self._clients.get(flow.client_conn.id):
-            client.running = max(0, client.running - 1)
-            if not client.running:
-                client.phase, client.since = "idle", time.monotonic()
+            client.bodies.discard(flow.id)
+            client.running.discard(flow.id)
+            client.since = time.monotonic()
 
     def close_server(self, flow: http.HTTPFlow) -> None:
         """Close the connection that a flow waits on: its stream then hears that the server closed it."""
@@ -81,23 +90,30 @@ class Connections:
         if handler and flow.server_conn in handler.transports:
             handler.close_connection(flow.server_conn)
 
+    def stop_connecting(self, flow: http.HTTPFlow, longer_than_s: float) -> None:
+        """Give up on a connection to a flow's server that does not come about: it then counts as refused."""
+        handler = _handler(flow.client_conn.id)
+        if handler is None:
+            return
+        address = (flow.request.host, flow.request.port)
+        for conn, io in list(handler.transports.items()):
+            is_connecting = io.writer is None and io.handler is not None and conn.address == address
+            if is_connecting and conn.timestamp_start and time.time() - conn.timestamp_start > longer_than_s:
+                io.handler.cancel("the server does not answer")
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            now = time.monotonic()
-            for client_id, client in list(self._clients.items()):
-                handler = _handler(client_id)
-                if handler and _is_overdue(client, now, handler.timeout_watchdog.last_activity):
-                    await handler.on_timeout()
+            try:
+                await self._close_overdue()
+            except Exception:
+                log.exception("watching connections failed; it goes on")
 
-
-def _is_overdue(client: _Client, now: float, last_activity: float) -> bool:
-    """`last_activity`: wall-clock seconds of the last byte, as mitmproxy's watchdog keeps it."""
-    if client.phase == "head":
-        return now - client.since > HEAD_TIMEOUT_S
-    if client.phase == "idle":
-        return now - client.since > IDLE_TIMEOUT_S
-    return client.phase == "body" and time.time() - last_activity > BODY_TIMEOUT_S
+    async def _close_overdue(self) -> None:
+        for client_id, client in list(self._clients.items()):
+            handler = _handler(client_id)
+            if handler and client.is_overdue(time.monotonic(), time.time() - handler.timeout_watchdog.last_activity):
+                await handler.on_timeout()
 
 
 def _handler(client_id: str) -> Any:

@@ -61,7 +61,7 @@ def note(server: Server, told: Told) -> None:
     wants_models = server.config.models is None
     if told.problem and (server.up is not told.up) and (not told.up or wants_models):
         log.warning("server %s %s", server.name, told.problem)
-    elif server.up is False:
+    elif told.up and server.up is False:
         log.warning("server %s answers again", server.name)
     server.up = told.up
     if server.config.type is None:
@@ -78,6 +78,8 @@ class Discovery:
         self._task: asyncio.Task[None] | None = None
         self._asked_once = asyncio.Event()
         self._due = dict.fromkeys(router.servers, 0.0)
+        if all(server.config.models is not None for server in router.servers):
+            self._asked_once.set()  # the config says it all: nobody has to wait for an answer
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())

@@ -18,6 +18,10 @@ from gateway.wire import Asked
 _USAGE_WHEN_ASKED = frozenset({"/v1/chat/completions", "/v1/completions", "/chat/completions"})
 
 
+# A head may be tens of kilobytes; what clients write into the books of all is less.
+MAX_TEXT = 1000
+
+
 class Row(msgspec.Struct):
     """A row of `requests`: the columns' names and units. None: unknown, or not come to."""
 
@@ -133,7 +137,7 @@ class Exchange:
         row = Row(
             id=self.id,
             started_at=self.started_at,
-            endpoint=self.endpoint,
+            endpoint=self.endpoint[:MAX_TEXT],
             outcome=outcome,
             worker=self.worker,
             key_id=self.caller.key_id,
@@ -147,7 +151,7 @@ class Exchange:
             attempts=self.attempts,
             request_bytes=self.request_bytes,
             response_bytes=self.response_bytes,
-            client_request_id=self.client_request_id,
+            client_request_id=self.client_request_id and self.client_request_id[:MAX_TEXT],
         )
         if now is not None:
             row.duration_ms = _ms(now - self.started)

@@ -23,7 +23,7 @@ from mitmproxy.proxy.layer import NextLayer
 
 from gateway import headers, layers, startup
 from gateway.answers import relay_for
-from gateway.exchange import Exchange, utc_now, uuid7
+from gateway.exchange import Exchange, Row, utc_now, uuid7
 from gateway.lifecycle import Lifecycle
 from gateway.relay import Relay
 from gateway.replies import Refusal, Reply
@@ -133,6 +133,7 @@ class Gateway:
         )
         layers.open_exchange(flow, exchange)
         self.life.live[flow.id] = flow
+        service.ledger.open(exchange.row("open"))
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > exchange.max_body_bytes:
             raise service.too_large()
@@ -288,7 +289,7 @@ class Gateway:
         try:
             exchange.release()
             service = self._ready_service()
-            committed = service.ledger.settle(exchange.row(outcome, time.monotonic()))
+            committed = service.ledger.settle(self._final_row(exchange, outcome))
             if exchange.outcome is None:
                 await committed
             elif service.ledger.healthy:
@@ -298,6 +299,14 @@ class Gateway:
             service.count(outcome)
         finally:
             self.life.live.pop(flow.id, None)
+
+    def _final_row(self, exchange: Exchange, outcome: str) -> Row:
+        try:
+            return exchange.row(outcome, time.monotonic())
+        except Exception:
+            log.exception("what is known of an answer can't be told: its row goes without")
+            exchange.relay = None
+            return exchange.row("interrupted", time.monotonic())
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
         exchange = layers.exchange_of(flow)

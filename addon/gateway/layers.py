@@ -135,6 +135,8 @@ class GatewayStream(HttpStream):
                 failed = ResponseProtocolError(self.stream_id, error, ErrorCode.CONNECT_FAILED)
                 yield from super().handle_protocol_error(failed)
                 return False
+            if (yield from self.check_killed(True)):  # the client left: the server did not refuse
+                return False
             exchange.connection_refused = exchange.may_send_again = True
             if not (yield from self._wants_another_try(error)):
                 return False

@@ -29,6 +29,8 @@ RETRY_S = 0.5
 BUSY_TIMEOUT_S = 1.0
 # Rows of refused requests that wait for a broken disk: some ten megabytes of them.
 MAX_WAITING_ROWS = 10_000
+# Nobody waits for an open row: what more becomes known of it at once goes into the same transaction.
+LINGER_S = 0.002
 # What is left when the process ends is tried this often, then logged.
 LAST_ATTEMPTS = 5
 
@@ -36,7 +38,7 @@ _COLUMNS = Row.__struct_fields__
 _INSERT = f"insert into requests ({', '.join(_COLUMNS)}) values ({', '.join(':' + name for name in _COLUMNS)})"
 # What is known at admission does not change any more, and is not written again: indexes stand on it.
 _KNOWN_AT_ADMISSION = {"id", "started_at", "key_id", "key_name", "endpoint", "worker", "client_request_id"}
-_SETTLE = (
+_WRITE = (
     f"{_INSERT} on conflict (id) do update set "
     + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name not in _KNOWN_AT_ADMISSION)
     + " where outcome = 'open'"
@@ -68,7 +70,7 @@ class Ledger:
         return len(self._waiting) >= MAX_WAITING_ROWS
 
     def open(self, row: Row) -> None:
-        """Queue an open row. It is not waited for: the row's settlement carries everything again."""
+        """Queue an open row, or what more is known of it. Nobody waits for it: the settlement carries all again."""
         self._put(_Write(row))
 
     def settle(self, row: Row) -> "asyncio.Future[None]":
@@ -122,6 +124,8 @@ class Ledger:
         with self._wake:
             while not self._waiting and not self._closing:
                 self._wake.wait()
+            if not self._closing and not any(write.future for write in self._waiting):
+                self._wake.wait(timeout=LINGER_S)
             batch, self._waiting = self._waiting, []
         return batch
 
@@ -155,20 +159,20 @@ class Ledger:
         return []
 
     def _commit(self, batch: "list[_Write]") -> None:
-        final = {write.row.id for write in batch if write.future}
-        settled = 0
+        last = {write.row.id: write for write in batch if not write.future}
+        final = [write for write in batch if write.future]
+        for write in final:
+            last.pop(write.row.id, None)
         with transaction(self._db):
-            for write in batch:
-                if write.future:
-                    settled += self._settle(write.row)
-                elif write.row.id not in final:
-                    self._db.conn.execute(_INSERT, _storable(write.row))
+            for write in last.values():
+                self._db.conn.execute(_WRITE, _storable(write.row))
+            settled = sum(self._settle(write.row) for write in final)
         self.rows_settled += settled
 
     def _settle(self, row: Row) -> bool:
         """Write the final row and its roll-ups, once: a row that is settled already stays as it is."""
         values = _storable(row)
-        if self._db.conn.execute(_SETTLE, values).rowcount != 1:
+        if self._db.conn.execute(_WRITE, values).rowcount != 1:
             log.error("the request %s was settled twice; the first one stands", row.id)
             return False
         values["ttft_upto_ms"] = schema.ttft_bucket(row.ttft_ms) if row.ttft_ms is not None else None
@@ -245,8 +249,12 @@ class _WorkerLock:
     def __init__(self, folder: Path, worker: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / worker
-        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        while True:
+            self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if os.fstat(self._file).st_nlink:
+                break
+            os.close(self._file)  # before it was locked, another worker took it for a dead one's
 
     def others(self) -> set[str]:
         return {path.name for path in self._path.parent.iterdir()} - {self._path.name}

@@ -16,6 +16,8 @@ from gateway.service import Service
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
+# A server on the local network answers in milliseconds; the kernel would try for two minutes.
+CONNECT_TIMEOUT_S = 10.0
 DRAIN_POLL_S = 0.05
 # For last bytes to leave the sockets' buffers.
 FLUSH_S = 0.1
@@ -80,6 +82,9 @@ class Lifecycle:
             exchange = layers.exchange_of(flow)
             if exchange and not exchange.settling:
                 exchange.settling = True
+                exchange.release()
+                if exchange.relay:
+                    exchange.relay.close()
                 exchange.error_code = exchange.error_code or "shutdown"
                 service.ledger.settle(exchange.row("interrupted", time.monotonic()))
             if flow.killable:
@@ -91,9 +96,18 @@ class Lifecycle:
         """Requests whose server has not said a byte in time: their connection is closed, `upstream_failed` follows."""
         while self.service:
             await asyncio.sleep(SWEEP_S)
-            limit = self.service.config.first_byte_timeout_s
-            for flow in list(self.live.values()):
-                exchange = layers.exchange_of(flow)
-                if exchange and exchange.sent and flow.response is None and time.monotonic() - exchange.sent > limit:
-                    exchange.timed_out = True
-                    self.connections.close_server(flow)
+            try:
+                self._close_overdue(self.service.config.first_byte_timeout_s)
+            except Exception:
+                log.exception("the sweep failed; it goes on")
+
+    def _close_overdue(self, first_byte_timeout_s: float) -> None:
+        for flow in list(self.live.values()):
+            exchange = layers.exchange_of(flow)
+            if not exchange or exchange.sent is None or flow.response is not None:
+                continue
+            if time.monotonic() - exchange.sent > first_byte_timeout_s:
+                exchange.timed_out = True
+                self.connections.close_server(flow)
+            limit = min(CONNECT_TIMEOUT_S, first_byte_timeout_s)
+            self.connections.stop_connecting(flow, longer_than_s=limit)

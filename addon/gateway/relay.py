@@ -1,7 +1,7 @@
 """The way of an answer's bytes to the client: passed on as they are, while a meter looks on.
 
-A relay never raises and never changes a byte, with one exception: when we asked the server for usage that the
-client did not ask for, a `UsageStripper` takes out what came of that. A fault in the meter stops the meter, never
+A relay never raises and never changes a byte, with one exception: when we asked the server for usage that the client
+did not ask for, a `StreamMeter` with `strip` takes out what came of that. A fault in the meter stops the meter, never
 the stream.
 """
 

@@ -12,9 +12,6 @@ from gateway.config import Server as ServerConfig
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
 
-# Longer names than any model has; patterns are not run over more than this.
-MAX_MODEL_NAME = 512
-
 
 @dataclass(eq=False)
 class Server:
@@ -107,10 +104,9 @@ class Router:
             return self._exact_aliases[asked]
         if asked in models:
             return asked
-        if len(asked) <= MAX_MODEL_NAME:
-            for pattern, model in self._patterns:
-                if pattern.matches(asked):
-                    return model
+        for pattern, model in self._patterns:
+            if pattern.matches(asked):
+                return model
         if not models:
             raise Refusal(
                 503, "no_server_available", "No server has told its models yet.", headers={"retry-after": "5"}

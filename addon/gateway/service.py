@@ -53,10 +53,12 @@ class Service:
 
     def read(self, endpoint: str, body: bytes, content_type: str) -> Asked:
         """What a body asks for. On paths that we know it must be readable, on others JSON must. Raises Refusal."""
+        # What looks like JSON is JSON, whatever its type is called: servers don't look at the type either.
+        if body.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"{"):
+            return wire.read_json(body)
         if content_type.lower().startswith("multipart/form-data"):
             return wire.read_multipart(body, content_type)
-        looks_like_json = body.lstrip(b" \t\r\n").startswith(b"{")
-        if looks_like_json or (body and endpoint in FORMATS):
+        if body and endpoints.canonical(endpoint) in FORMATS:
             return wire.read_json(body)
         return Asked()
 
@@ -98,6 +100,8 @@ class Service:
             raise self.unbooked()
         exchange.served_model = model
         exchange.fill_in_model = asked is None and self.config.default_model is not None
+        if exchange.fill_in_model and exchange.body and exchange.asked.kind != "json":
+            raise Refusal(400, "invalid_request", "This kind of body must name its model.", param="model")
         exchange.claim = self.router.pick(model)
 
     def pick_again(self, exchange: Exchange) -> None:

@@ -72,7 +72,7 @@ def _is_not_about_default_mode(record: logging.LogRecord) -> bool:
     as an error without a message.
     """
     message = record.getMessage()
-    return bool(message) and not message.startswith("HTTP(S) proxy failed to listen")
+    return bool(message) and "HTTP(S) proxy failed to listen" not in message
 
 
 def set_options(config: Config) -> None:
