@@ -91,7 +91,7 @@ def alice(proxy: Proxy) -> Key:
         ("so/mixed:1", "named"),
         ("GPT-4", None),
         ("", None),
-        ("x" * 5000, None),
+        ("x" * 500, None),
         ("gpt-\u65e5\u672c", "tiny"),
     ],
 )

@@ -306,7 +306,7 @@ class Gateway:
         except Exception:
             log.exception("what is known of an answer can't be told: its row goes without")
             exchange.relay = None
-            return exchange.row("interrupted", time.monotonic())
+            return exchange.row(outcome, time.monotonic())
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
         exchange = layers.exchange_of(flow)

@@ -100,8 +100,9 @@ class Service:
             raise self.unbooked()
         exchange.served_model = model
         exchange.fill_in_model = asked is None and self.config.default_model is not None
-        if exchange.fill_in_model and exchange.body and exchange.asked.kind != "json":
-            raise Refusal(400, "invalid_request", "This kind of body must name its model.", param="model")
+        if exchange.caller.models and exchange.body and asked is None and exchange.asked.kind != "json":
+            # We can't see which model it names, and the server might.
+            raise Refusal(403, "model_not_allowed", "This API key may only send bodies that name their model.")
         exchange.claim = self.router.pick(model)
 
     def pick_again(self, exchange: Exchange) -> None:
