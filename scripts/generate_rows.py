@@ -229,6 +229,7 @@ def generate(path: Path, rows: int, *, seed: int = 1, days: int = 90, end: datet
         raise SystemExit(f"{path} exists already: give the name of a new file")
     end = (end or datetime.now(UTC)).replace(microsecond=0)
     random = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     db = Database(path)
     usage.apply(db)
     for pragma in ("journal_mode = off", "synchronous = off", "cache_size = -500000"):  # a file that can be made again
