@@ -63,7 +63,10 @@ def main() -> int:
 
 def _run(store: KeyStore, arguments: argparse.Namespace) -> None:
     if arguments.command == "create":
-        expires_at = parse_expiry(arguments.expires, datetime.now(UTC)) if arguments.expires else None
+        now = datetime.now(UTC)
+        expires_at = parse_expiry(arguments.expires, now) if arguments.expires else None
+        if expires_at is not None and expires_at <= iso(now):
+            print(f"--expires: {arguments.expires} is over: this key is expired from the start", file=sys.stderr)
         _print_new(*store.create(arguments.name, models=tuple(arguments.model), expires_at=expires_at), arguments.json)
     elif arguments.command == "list":
         _print_keys(store.list(), arguments.json)

@@ -25,6 +25,8 @@ DATASETTE_ARGS: tuple[str, ...] = (
     *("--setting", "default_cache_ttl", "0"),  # a reload shows what is true now
 )
 
+DASHBOARD_PATH = "/-/dashboards/usage"
+
 # Beyond drain_s, for a worker to write its last rows and go.
 DRAIN_MARGIN_S = 10.0
 
@@ -80,7 +82,7 @@ class Stack:
         if plan.dashboard:
             await published(plan.config.data / "usage.db")
             await start_all(self.dashboard, reachable(plan.dashboard.host), plan.dashboard.port)
-            say(f"  dashboard   {http(plan.dashboard)}")
+            say(f"  dashboard   {http(plan.dashboard)}{DASHBOARD_PATH}")
         say(hints(plan))
         await start_all(self.traffic)
 

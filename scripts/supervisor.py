@@ -85,6 +85,7 @@ class Child:
             *self.command.argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL if self.command.quiet else None,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what a child logs shall be seen now, also in a file
             process_group=0,
             preexec_fn=die_with_parent(),
         )

@@ -202,6 +202,8 @@ class Gateway:
                 f"The server sent nothing within {service.config.first_byte_timeout_s:g} seconds.",
             )
         if exchange.connection_refused:
+            if server.up is not False:
+                log.warning("server %s does not answer: %s", server.name, exchange.failure)
             server.up = False
             service.discovery.ask_soon(server)
         gave_nothing = Refusal(502, "upstream_unreachable", f"The server can't be reached: {exchange.failure}.")

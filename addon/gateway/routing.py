@@ -101,17 +101,26 @@ class Router:
             return self._resolve_missing()
         models = self.models()
         if asked in self._exact_aliases:
-            return self._exact_aliases[asked]
+            return self._offered(asked, self._exact_aliases[asked])
         if asked in models:
             return asked
         for pattern, model in self._patterns:
             if pattern.matches(asked):
-                return model
+                return self._offered(asked, model)
         if not models:
             raise Refusal(
                 503, "no_server_available", "No server has told its models yet.", headers={"retry-after": "5"}
             )
-        raise Refusal(404, "model_not_found", f"There is no model {asked[:200]!r} here.", param="model")
+        raise Refusal(
+            404, "model_not_found", f"There is no model {asked[:200]!r} here. GET /v1/models lists them.", param="model"
+        )
+
+    def _offered(self, asked: str, model: str) -> str:
+        """An alias's model; refused when every server has told its models, and it is none of them."""
+        if model not in self._served and all(server.models for server in self.servers):
+            message = f"{asked[:200]!r} stands for {model!r}, which no server offers."
+            raise Refusal(404, "model_not_found", message, param="model")
+        return model
 
     def _resolve_missing(self) -> str | None:
         if self._default_model is not None:
