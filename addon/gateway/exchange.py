@@ -91,6 +91,7 @@ class Exchange:
     connection_was_used: bool = False  # the attempt went over a connection that had carried a request before
     may_send_again: bool = False  # nothing at all came back from the last attempt
     timed_out: bool = False
+    is_open: bool = False  # its open row is written, or about to be
     settling: bool = False  # the row is on its way
     settled: bool = False  # the row is on disk
 

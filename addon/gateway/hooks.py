@@ -133,7 +133,6 @@ class Gateway:
         )
         layers.open_exchange(flow, exchange)
         self.life.live[flow.id] = flow
-        service.ledger.open(exchange.row("open"))
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > exchange.max_body_bytes:
             raise service.too_large()
@@ -164,6 +163,7 @@ class Gateway:
             self._reply(flow, local)
             return
         service.choose(exchange)
+        exchange.is_open = True
         service.ledger.open(exchange.row("open"))
         self._dispatch(flow, exchange)
 

@@ -29,8 +29,6 @@ RETRY_S = 0.5
 BUSY_TIMEOUT_S = 1.0
 # Rows of refused requests that wait for a broken disk: some ten megabytes of them.
 MAX_WAITING_ROWS = 10_000
-# Nobody waits for an open row: what more becomes known of it at once goes into the same transaction.
-LINGER_S = 0.002
 # What is left when the process ends is tried this often, then logged.
 LAST_ATTEMPTS = 5
 
@@ -124,8 +122,6 @@ class Ledger:
         with self._wake:
             while not self._waiting and not self._closing:
                 self._wake.wait()
-            if not self._closing and not any(write.future for write in self._waiting):
-                self._wake.wait(timeout=LINGER_S)
             batch, self._waiting = self._waiting, []
         return batch
 

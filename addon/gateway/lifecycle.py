@@ -98,8 +98,17 @@ class Lifecycle:
             await asyncio.sleep(SWEEP_S)
             try:
                 self._close_overdue(self.service.config.first_byte_timeout_s)
+                self._open_rows(self.service)
             except Exception:
                 log.exception("the sweep failed; it goes on")
+
+    def _open_rows(self, service: Service) -> None:
+        """Requests get their open row when they go to a server; those whose body takes long get it here."""
+        for flow in list(self.live.values()):
+            exchange = layers.exchange_of(flow)
+            if exchange and not exchange.is_open and not exchange.settling:
+                exchange.is_open = True
+                service.ledger.open(exchange.row("open"))
 
     def _close_overdue(self, first_byte_timeout_s: float) -> None:
         for flow in list(self.live.values()):
