@@ -4,6 +4,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -61,12 +62,18 @@ def start_of(days: int) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """4,000 requests over 90 days; one user and one model have names that would be harmful as HTML."""
+    """4,000 requests over 90 days; a user, a model, a server and a reason have names that would be harmful as HTML."""
     path = tmp_path_factory.mktemp("data") / "usage.db"
     generate(path, 4000, seed=7)
     db = Database(path)
     for table in ("requests", "usage_hourly", "usage_daily", "ttft_daily"):
         db.execute(f"update {table} set key_name = ? where key_name = 'zoe'", (HOSTILE,))
+        db.execute(f"update {table} set server = ? where server = 'gpu-3'", (HOSTILE,))
+    # The last 48 hours may be a weekend, with next to nothing of this.
+    newest = "id in (select id from requests where outcome = 'ok' order by started_at desc limit 5)"
+    db.execute(f"update requests set attempts = 2, route = 'retry', queue_ms = 1500.0 where {newest}")
+    db.execute("update server_events set server = ? where server = 'gpu-3'", (HOSTILE,))
+    db.execute("update server_events set reason = ? where state = 'down'", (HOSTILE,))
     db.execute("update requests set served_model = ? where outcome = 'open'", (HOSTILE,))
     db.conn.commit()
     db.close()
@@ -128,7 +135,7 @@ def test_every_chart_is_drawn_and_nothing_leaves_the_machine(
         card = page.locator(f"#chart-{name}")
         assert card.locator("p" if chart["library"] in ("metric", "markdown") else "svg.marks, canvas.marks").count()
         if chart["library"] == "metric":
-            assert re.fullmatch(r"[\d,.]+( [kMG%])?|–", card.inner_text()), name
+            assert re.fullmatch(r"[\d,.]+( [kMG%])?|\d+ of \d+|–", card.inner_text()), name
     # A chart over no rows says so instead of standing empty.
     assert (page.locator("svg text", has_text="Nothing in this period").count() > 0) is not filled
     assert watched.trouble == []
@@ -136,9 +143,10 @@ def test_every_chart_is_drawn_and_nothing_leaves_the_machine(
     assert hosts == {urlsplit(site.url).netloc}
 
 
-@pytest.mark.parametrize(
-    "where", ["/", "/usage", "/usage/requests", "/usage/running", *[f"/usage/{name}" for name in QUERIES]]
-)
+TABLES = ("requests", "running", "server_events")
+
+
+@pytest.mark.parametrize("where", ["/", "/usage", *[f"/usage/{name}" for name in (*TABLES, *QUERIES)]])
 def test_other_pages_stay_on_the_machine(where: str, watched: Watched, site: Site) -> None:
     watched.open(site.url + where)
     assert watched.trouble == []
@@ -147,7 +155,8 @@ def test_other_pages_stay_on_the_machine(where: str, watched: Watched, site: Sit
 
 def test_names_are_text_and_never_html(watched: Watched, site: Site) -> None:
     of_user = f"/usage/requests?{urlencode({'key_name': HOSTILE})}"
-    for where in ("/-/dashboards/usage", "/-/dashboards/now", "/usage/bill", of_user):
+    pages = ("/usage/bill", "/usage/server_changes", "/usage/server_events", of_user)
+    for where in (*[f"/-/dashboards/{board}" for board in DASHBOARDS], *pages):
         page = watched.open(site.url + where)
         assert page.locator("img").count() == 0
     assert watched.trouble == []
@@ -244,6 +253,178 @@ def test_a_months_bill_adds_up(site: Site) -> None:
     assert rows[-1]["total_tokens"] == tokens == sum(row["total_tokens"] for row in rows[:-1])
 
 
+LAST_48_HOURS = "started_at >= strftime('%Y-%m-%dT%H', 'now', '-47 hours')"
+
+
+@pytest.mark.parametrize("given", [{}, {"server": "gpu-2"}, {"model": "qwen3-8b"}], ids=str)
+def test_figures_of_the_servers_are_those_of_the_requests(given: dict[str, str], site: Site) -> None:
+    where = f"from requests where {LAST_48_HOURS} and (? = '' or server = ?) and (? = '' or served_model = ?)"
+    server, model = given.get("server", ""), given.get("model", "")
+    bound = (server, server, model, model)
+
+    def count(condition: str) -> int:
+        found: int = site.direct(f"select count(*) {where} and {condition}", *bound)
+        return found
+
+    def chart(name: str) -> list[dict[str, Any]]:
+        return [row for row in site.chart(f"servers/{name}", **given) if row["found"]]
+
+    settled = count("outcome != 'open'")
+    assert settled > 0
+    assert site.chart("servers/requests", **given)[0]["value"] == f"{settled:,}"
+    assert sum(row["requests"] for row in chart("by_server")) == settled
+    assert site.chart("servers/retries", **given)[0]["value"] == f"{count('attempts > 1'):,}"
+    assert site.chart("servers/fallbacks", **given)[0]["value"] == f"{count('fallback_from is not null'):,}"
+    kinds = {"sent more than once": "attempts > 1", "for another model": "fallback_from is not null"}
+    for kind, condition in kinds.items():
+        assert sum(row["requests"] for row in chart("moved") if row["kind"] == kind) == count(condition)
+    assert sum(row["requests"] for row in chart("routes")) == count("route is not null and server is not null")
+    for row in chart("routes"):
+        same = f"server = '{row['server'].replace(chr(39), chr(39) * 2)}' and route is not null"
+        assert row["requests"] == count(f"{same} and route = '{row['route']}'")
+        assert row["share"] == pytest.approx(row["requests"] / count(same))
+
+
+def test_waits_are_the_true_ones(site: Site) -> None:
+    rows = [row for row in site.chart("servers/wait") if row["seconds"] is not None]
+    assert any(row["seconds"] for row in rows)
+    with closing(sqlite3.connect(f"file:{site.path}?mode=ro", uri=True)) as db:
+        for row in rows:
+            found = db.execute(
+                "select queue_ms from requests where started_at like ? and server is not null and outcome != 'open' "
+                "order by 1",
+                (row["hour"][:13] + "%",),
+            ).fetchall()
+            true_ms = found[-(-len(found) * int(row["percentile"][1:]) // 100) - 1][0]
+            assert row["seconds"] == pytest.approx(true_ms / 1000 if true_ms >= 1 else 0, abs=0.0005)
+
+
+def ago(minutes: float) -> str:
+    return f"{datetime.now(UTC) - timedelta(minutes=minutes):%Y-%m-%dT%H:%M:%S.000Z}"
+
+
+DAY = 24 * 60
+# (minutes ago, server, state before, state, reason, worker): three workers, one after the other and side by side.
+EVENTS: list[tuple[float, str, str, str, str | None, str]] = [
+    (5 * DAY, "removed", "unknown", "up", None, "a"),
+    (5 * DAY, "steady", "unknown", "up", None, "a"),
+    (5 * DAY, "flaky", "unknown", "up", None, "a"),
+    (3 * DAY, "flaky", "up", "down", "refuses connections", "a"),
+    (90, "steady", "unknown", "up", None, "b"),
+    (90, "flaky", "unknown", "down", "refuses connections", "b"),
+    (90, "steady", "unknown", "up", None, "c"),
+    (89, "flaky", "unknown", "down", "refuses connections", "c"),
+    (60, "flaky", "down", "loading", "loads its model", "c"),
+    (59, "flaky", "down", "loading", "loads its model", "b"),
+    (58, "flaky", "loading", "up", "answers its probe again", "b"),
+    (57, "flaky", "loading", "up", "answers its probe again", "c"),
+    (30, "flaky", "up", "ejected", "answered with HTTP 502; left alone for 2 s", "b"),
+]
+
+
+@pytest.fixture
+def eventful(tmp_path: Path) -> Iterator[Site]:
+    path = new_db(tmp_path / "usage.db")
+    with closing(sqlite3.connect(path)) as db, db:
+        rows = [(ago(minutes), *others) for minutes, *others in EVENTS]
+        sql = "insert into server_events (at, server, previous, state, reason, worker) values (?, ?, ?, ?, ?, ?)"
+        db.executemany(sql, rows)
+    with serve(path) as url:
+        yield Site(url.rstrip("/"), path)
+
+
+def minutes_ago(at: str) -> int:
+    return round((datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() / 60)
+
+
+def test_the_servers_of_now_and_their_states(eventful: Site) -> None:
+    """Those that the newest worker knows; a state lasts since the first worker saw it."""
+    for board in ("servers", "now"):
+        rows = eventful.chart(f"{board}/states")
+        assert [(row["server"], row["state"], minutes_ago(row["at"]), row["lasts"]) for row in rows] == [
+            ("flaky", "ejected", 30, "30 min"),
+            ("steady", "up", 5 * DAY, "5 days"),
+        ]
+    assert eventful.chart("servers/up") == [{"value": "1 of 2"}]
+    assert eventful.chart("servers/up", server="steady") == [{"value": "1 of 1"}]
+
+
+# (minutes ago, server, status, outcome): what ended lately, and what does not count.
+ENDED: list[tuple[float, str | None, int | None, str]] = [
+    (1, "steady", 200, "ok"),
+    (2, "steady", 400, "ok"),
+    (3, "steady", None, "client_closed"),
+    (4, "steady", 500, "error"),
+    (5, "steady", 200, "upstream_cut"),
+    (59, "steady", 502, "unreachable"),
+    (61, "steady", 500, "error"),
+    (1, "steady", None, "open"),
+    (1, "flaky", 503, "ok"),
+    (1, None, 503, "refused"),
+]
+
+
+def test_the_servers_of_now_and_their_errors(eventful: Site) -> None:
+    """Of the last hour, by server."""
+    assert [(row["requests"], row["errors"]) for row in eventful.chart("servers/states")] == [(0, 0), (0, 0)]
+    with closing(sqlite3.connect(eventful.path)) as db, db:
+        for number, (minutes, server, status, outcome) in enumerate(ENDED):
+            given = {"id": str(number), "started_at": ago(minutes), "endpoint": "/x", "worker": "c"}
+            row = dict.fromkeys(COLUMNS) | given | {"server": server, "status": status, "outcome": outcome}
+            db.execute(INSERT, list(row.values()))
+    try:
+        rows = eventful.chart("servers/states")
+        found = [(row["server"], row["running"], row["requests"], row["errors"]) for row in rows]
+        assert found == [("flaky", 0, 1, 1), ("steady", 1, 6, 3)]
+    finally:
+        with closing(sqlite3.connect(eventful.path)) as db, db:
+            db.execute("delete from requests")
+
+
+CHANGES = [
+    (30, "flaky", "up", "ejected"),
+    (58, "flaky", "loading", "up"),
+    (60, "flaky", "down", "loading"),
+]
+
+
+def test_what_several_workers_saw_is_shown_once(eventful: Site) -> None:
+    rows = eventful.chart("servers/events")
+    assert [(minutes_ago(row["at"]), row["server"], row["previous"], row["state"]) for row in rows] == CHANGES
+
+    def changes(**given: str) -> list[tuple[int, str, str, str]]:
+        rows = eventful.rows(QUERIES["server_changes"]["sql"], **{"days": "", "server": "", **given})
+        return [(minutes_ago(row["at"]), row["server"], row["previous"], row["state"]) for row in rows]
+
+    assert changes(days="1") == CHANGES
+    assert changes(days="4", server="flaky") == [*CHANGES, (3 * DAY, "flaky", "up", "down")]
+    assert changes(days="4", server="steady") == []
+    assert changes(server="steady") == [(5 * DAY, "steady", "unknown", "up")]
+
+
+def test_states_follow_one_another_in_the_timeline(eventful: Site) -> None:
+    rows = eventful.chart("servers/timeline", server="flaky")
+    spans = [(row["state"], minutes_ago(row["at"]), minutes_ago(row["until"])) for row in rows]
+    assert sorted(spans, key=lambda span: -span[1]) == [
+        ("down", 2 * DAY, 60),
+        ("loading", 60, 58),
+        ("up", 58, 30),
+        ("ejected", 30, 0),
+    ]
+    assert rows[0]["state"] == "up"  # it is drawn first, under the others
+    assert [row["server"] for row in eventful.chart("servers/timeline", server="removed")] == [""]
+
+
+@pytest.mark.parametrize("name", [name for name in CHART_SQL if not name.startswith("usage/")])
+def test_no_chart_of_the_last_48_hours_reads_all_requests(name: str, site: Site) -> None:
+    given = dict.fromkeys(re.findall(r":([a-z]+)\b", CHART_SQL[name]), "")
+    with closing(sqlite3.connect(f"file:{site.path}?mode=ro", uri=True)) as db:
+        plan = [row[3] for row in db.execute(f"explain query plan {CHART_SQL[name]}", given)]
+    tables = ("requests", "usage_hourly", "usage_daily")
+    scans = [step for step in plan if re.match(rf"SCAN ({'|'.join(tables)})\b(?!.*requests_open)", step)]
+    assert scans == []
+
+
 def test_new_rows_of_a_running_writer_show_on_reload(tmp_path: Path) -> None:
     path = new_db(tmp_path / "usage.db")
     with serve(path) as url:
@@ -330,12 +511,12 @@ def test_every_column_is_described(site: Site) -> None:
     tables = METADATA["databases"]["usage"]["tables"]
     assert METADATA["license"]
     assert METADATA["source"]
-    for table in ("requests", "usage_hourly", "usage_daily", "ttft_daily"):
+    for table in ("requests", "usage_hourly", "usage_daily", "ttft_daily", "server_events"):
         columns = {row["name"] for row in site.rows(f"select name from pragma_table_info('{table}')")}
         assert set(tables[table]["columns"]) == columns
-        assert set(tables[table]["units"]) <= columns
+        assert set(tables[table].get("units", {})) <= columns
         assert set(tables[table]["facets"]) <= columns
-        assert {column for column in columns if column.endswith("_ms")} <= set(tables[table]["units"])
+        assert {column for column in columns if column.endswith("_ms")} <= set(tables[table].get("units", {}))
 
 
 @pytest.mark.parametrize("board", DASHBOARDS)
