@@ -4,6 +4,7 @@ Starts everything itself on 127.0.0.1: a scripted fast upstream, the gateways, t
 """
 
 import argparse
+import importlib
 import resource
 import signal
 import sys
@@ -21,6 +22,8 @@ from benchmark.processes import Processes
 from benchmark.runner import QUICK, Effort, Findings, Load, Runner
 from supervisor import StartFailedError
 
+# Benches of their own, each a module with a `main`: `scripts/bench NAME --help`.
+OTHERS = ("conversations", "fairness")
 _ROUNDS = 3
 _OPEN_FILES = 16_384  # a thousand streams are two thousand connections in a gateway
 
@@ -37,10 +40,13 @@ class Plan:
 
 
 def main() -> None:
-    plan = parse(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     allow_open_files()
+    if sys.argv[1:2] and sys.argv[1] in OTHERS:
+        importlib.import_module(f"benchmark.{sys.argv[1]}").main(sys.argv[2:])
+        return
+    plan = parse(sys.argv[1:])
     machine = report.machine()
     bench = Bench(plan, Findings(plan.sections))
     began = accounting.moment()
@@ -52,9 +58,7 @@ def main() -> None:
         failure = f"bench: {error}"
     except KeyboardInterrupt:
         failure = "bench: interrupted"
-    ended = accounting.moment()
-    others = f"other processes and the host used {began.others_share(ended):.0%} of the machine meanwhile"
-    took = f"- The run took {ended.clock_s - began.clock_s:.0f} s; {others}."
+    took = accounting.took(began)
     print(f"{machine}\n\n{report.table(bench.findings, bench.names)}\n")
     print(f"{report.notes(bench.findings, plan.effort.rounds)}\n{took}")
     if plan.json_path is not None:
@@ -105,7 +109,11 @@ def stop(processes: Processes, gateways: Sequence[Gateway]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> Plan:
-    options = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").partition("\n")[0])
+    options = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Benches of their own: scripts/bench conversations --help, scripts/bench fairness --help",
+    )
     add = options.add_argument
     add("--quick", action="store_true", help="one short round: does it all work?")
     add("--rounds", type=int, metavar="N", help=f"default {_ROUNDS}, with --quick 1")

@@ -52,3 +52,10 @@ def moment() -> Moment:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     own_s = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     return Moment(time.monotonic(), user + nice + system + irq + softirq, steal, own_s)
+
+
+def took(began: Moment) -> str:
+    """How long it has been since then, and who else was at work."""
+    ended = moment()
+    others = f"other processes and the host used {began.others_share(ended):.0%} of the machine meanwhile"
+    return f"- The run took {ended.clock_s - began.clock_s:.0f} s; {others}."

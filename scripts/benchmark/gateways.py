@@ -7,9 +7,10 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from benchmark import shapes
@@ -29,6 +30,8 @@ def responseheaders(flow):
 """
 _PROBE_TIMEOUT_S = 5.0
 _KEYS_TIMEOUT_S = 60.0
+# Each claim is counted, and nothing has to wait.
+_SLOTS = 1000
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ def bare(place: Place) -> Gateway:
 def ours(place: Place) -> Gateway:
     """As scripts/serve runs a worker."""
     gateway, config_path = _ours(place, "ours")
-    config = load(config_path)
-    plan = Plan(config_path, config, config.listen, dashboard=None)
-    return _start(place, gateway, list(worker_command(plan, 1).argv))
+    return _start(place, gateway, _worker(config_path))
 
 
 def ours_plain(place: Place) -> Gateway:
@@ -141,14 +142,45 @@ def _start(place: Place, gateway: Gateway, argv: list[str]) -> Gateway:
     return Gateway(name, gateway.port, key=gateway.key, pid=process.pid, process=process)
 
 
+def start_proxy(
+    place: Place, name: str, servers: Sequence[Mapping[str, Any]], more: Mapping[str, Any], keys: Sequence[str]
+) -> dict[str, Gateway]:
+    """A worker of ours in front of any servers, seen through each of these keys: name of the key -> gateway.
+
+    `more` are further keys of its config. It is ready once it knows all servers.
+    """
+    config_path = _config(place, name, servers, more)
+    port = load(config_path).listen.port
+    gateways = {key: Gateway(name, port, key=_new_key(config_path, key)) for key in keys}
+    process = place.processes.start(name, _worker(config_path))
+    place.processes.wait_until(process, name, lambda: _knows_servers(port))
+    return gateways
+
+
 def _ours(place: Place, name: str) -> tuple[Gateway, Path]:
-    """Config with a ledger of its own, and a key."""
-    config_path = _folder(place, name.partition(",")[0]) / "config.yaml"
-    port = free_port()
-    server = {"name": "fast", "url": f"http://127.0.0.1:{place.upstream_port}"}
-    config_path.write_text(json.dumps({"listen": f"127.0.0.1:{port}", "data": "data", "servers": [server]}))
+    """Config with a ledger of its own, and a key. The upstream passes for two servers, so that there is a choice."""
+    url = f"http://127.0.0.1:{place.upstream_port}"
+    servers = [{"name": name, "url": url, "slots": _SLOTS} for name in ("fast-1", "fast-2")]
+    config_path = _config(place, name.partition(",")[0], servers, {})
+    return Gateway(name, load(config_path).listen.port, key=_new_key(config_path, "bench")), config_path
+
+
+def _config(place: Place, name: str, servers: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> Path:
+    path = _folder(place, name) / "config.yaml"
+    own = {"listen": f"127.0.0.1:{free_port()}", "data": "data", "servers": list(servers)}
+    path.write_text(json.dumps({**own, **more}))
+    return path
+
+
+def _worker(config_path: Path) -> list[str]:
+    """As scripts/serve runs it."""
+    config = load(config_path)
+    return list(worker_command(Plan(config_path, config, config.listen, dashboard=None), 1).argv)
+
+
+def _new_key(config_path: Path, name: str) -> str:
     made = subprocess.run(
-        [sys.executable, str(SCRIPTS / "keys.py"), "create", "bench", "--config", str(config_path), "--json"],
+        [sys.executable, str(SCRIPTS / "keys.py"), "create", name, "--config", str(config_path), "--json"],
         check=False,
         capture_output=True,
         text=True,
@@ -156,7 +188,18 @@ def _ours(place: Place, name: str) -> tuple[Gateway, Path]:
     )
     if made.returncode:
         raise StartFailedError(f"{name}: no key could be made:\n{made.stderr}")
-    return Gateway(name, port, key=json.loads(made.stdout)["key"]), config_path
+    return str(json.loads(made.stdout)["key"])
+
+
+def _knows_servers(port: int) -> bool:
+    """Whether /health is good and, where it tells of servers, all of them are up."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/health", timeout=_PROBE_TIMEOUT_S) as answer:
+            servers = json.load(answer).get("servers", {"up": 0, "total": 0})
+    except (OSError, ValueError):
+        return False
+    return bool(servers["up"] == servers["total"])
 
 
 def _folder(place: Place, name: str) -> Path:

@@ -35,13 +35,16 @@ def fingerprint(body: bytes) -> Fingerprint:
 
 
 def request_body(chunks: int, *, stream: bool, pace_per_s: int = 0) -> bytes:
-    """A small chat request. `max_tokens` tells the upstream how many chunks, `seed` at what pace (0: at once):
-    every gateway passes these two fields on."""
+    """A chat request with a prompt of 6 KB: agents' first turns are larger.
+
+    `max_tokens` tells the upstream how many chunks, `seed` at what pace (0: at once): every gateway passes these two
+    fields on.
+    """
     fields = {
         "model": MODEL,
         "messages": [
-            {"role": "system", "content": "you are a good help"},
-            {"role": "user", "content": "tell me about the world and the people"},
+            {"role": "system", "content": "you are a good help " * 150},
+            {"role": "user", "content": "tell me about the world and the people " * 75},
         ],
         "max_tokens": chunks,
         "seed": pace_per_s,
