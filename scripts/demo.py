@@ -11,28 +11,32 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import yaml
 
-from llama import Model, start_server
+from llama import LlamaServer, Model, start_server
 from supervisor import Command, say
 
 USERS = ("alice", "bob", "carol")
 # Two servers: a model each, and one that both serve.
 MODELS = {"gpu-1": ["tiny-chat", "tiny-shared"], "gpu-2": ["tiny-coder", "tiny-shared"]}
 ALIASES = {"fast": "tiny-shared", "gpt-*": "tiny-chat"}
+FALLBACKS = {"tiny-chat": ["tiny-shared"], "tiny-coder": ["tiny-shared"]}
 # What gpu-2 serves takes time to read prompts and to write: 6 MB of random weights instead of 0.4.
 SIZES = {"gpu-1": Model("demo-small"), "gpu-2": Model("demo-larger", layers=4, embd=256)}
 
 BURST = 60  # requests at once after the start, so that there is something to see
 PAUSE_S = 2.0  # between those that follow, as long as the demo runs
 LONGEST_ANSWER = 120  # tokens
+WATCH_S = 0.3
+AWAY_S = 15.0  # for as long a server that was killed stays away: long enough to see it on the dashboard
 PROMPT = "Tell me in plain words what happened to the old house at the end of the long road, and who was there. "
 
 
@@ -41,16 +45,59 @@ def upstreams(folder: Path) -> Iterator[Path]:
     """Runs the two servers and yields the path of a config for them. The folder also takes its data (keys, usage)."""
     folder.mkdir(parents=True, exist_ok=True)
     say("Starting two small llama-servers with random weights: their answers are words, not sense.")
-    with (
-        start_server(folder / "models", SIZES["gpu-1"], "--alias", "tiny-chat") as first,
-        start_server(folder / "models", SIZES["gpu-2"], "--alias", "tiny-coder") as second,
-    ):
-        urls = {"gpu-1": first.url, "gpu-2": second.url}
-        servers = [{"name": name, "url": urls[name], "models": models} for name, models in MODELS.items()]
-        config = {"data": ".", "servers": servers, "aliases": ALIASES}
+    with ExitStack() as exits:
+        kept = {name: exits.enter_context(KeptServer(name, folder)) for name in MODELS}
+        servers = [{"name": name, "url": kept[name].url, "models": models} for name, models in MODELS.items()]
+        config = {"data": ".", "servers": servers, "aliases": ALIASES, "fallbacks": FALLBACKS}
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         yield path
+
+
+class KeptServer:
+    """A llama-server that is started again some time after somebody has killed it. Its pid is in FOLDER/NAME.pid."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self._name = name
+        self._folder = folder
+        self._ending = threading.Event()
+        self._server = self._start(0)
+        self._port = self._server.port
+        self._thread = threading.Thread(target=self._watch, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._server.stop()
+        self._pid_path.unlink(missing_ok=True)
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    @property
+    def _pid_path(self) -> Path:
+        return self._folder / f"{self._name}.pid"
+
+    def _start(self, port: int) -> LlamaServer:
+        server = start_server(self._folder / "models", SIZES[self._name], "--alias", MODELS[self._name][0], port=port)
+        self._pid_path.write_text(f"{server.pid}\n")
+        return server
+
+    def _watch(self) -> None:
+        while not self._ending.wait(WATCH_S):
+            if self._server.process.poll() is None:
+                continue
+            say(f"{self._name} was killed: it is back in {AWAY_S:g} s. Requests go on with the other one meanwhile.")
+            if self._ending.wait(AWAY_S):
+                return
+            self._server.kill()
+            self._server = self._start(self._port)
+            say(f"{self._name} is back.")
 
 
 def traffic(config_path: Path, url: str) -> Command:
@@ -133,9 +180,18 @@ async def play(url: str, keys: Mapping[str, str]) -> None:
             await one(ask)
 
 
-def invitation(url: str, key: str) -> str:
+def invitation(url: str, key: str, folder: Path) -> str:
     body = '{"model": "fast", "stream": true, "max_tokens": 30, "messages": [{"role": "user", "content": "Hello"}]}'
-    return f"Try it:\n\ncurl -N {url}/v1/chat/completions \\\n  -H 'Authorization: Bearer {key}' \\\n  -d '{body}'\n"
+    return (
+        f"Try it:\n\ncurl -N {url}/v1/chat/completions \\\n  -H 'Authorization: Bearer {key}' \\\n  -d '{body}'\n\n"
+        f"Kill a server, and see that requests go on (it is back after {AWAY_S:g} s):\n\n"
+        f"kill -9 $(cat {shown(folder)}/gpu-2.pid)\n"
+    )
+
+
+def shown(path: Path) -> Path:
+    """Shorter, when it is below where the command was given."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def main() -> None:
@@ -144,7 +200,7 @@ def main() -> None:
     parser.add_argument("url")
     options = parser.parse_args()
     keys = {user: key_of(user, options.config) for user in USERS}
-    say(invitation(options.url, key_of("you", options.config)))
+    say(invitation(options.url, key_of("you", options.config), options.config.parent))
     asyncio.run(play(options.url, keys))
 
 

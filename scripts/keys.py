@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "addon"))
 
 from gateway import config  # noqa: E402
-from gateway.keystore import Key, KeyProblem, KeyStore, iso, parse_expiry  # noqa: E402
+from gateway.keystore import PRIORITIES, Key, KeyProblem, KeyStore, iso, parse_expiry  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +32,10 @@ def _parser() -> argparse.ArgumentParser:
         "can be repeated; without it the key may use all",
     )
     create.add_argument("--expires", metavar="WHEN", help="2027-01-31 (through that day, UTC) or 90d, 12h, 30m")
+    _add_limits(create, weight=1, priority="normal")
+    limits = commands.add_parser("limits", parents=[common], help="change a key's weight, its priority or both")
+    limits.add_argument("name")
+    _add_limits(limits, weight=None, priority=None)
     commands.add_parser("list", parents=[common], help="all keys")
     for name, text in (
         ("show", "one key"),
@@ -42,6 +46,23 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, parents=[common], help=text).add_argument("name")
     return parser
+
+
+def _add_limits(command: argparse.ArgumentParser, weight: float | None, priority: str | None) -> None:
+    """The options, with their defaults."""
+    command.add_argument(
+        "--weight",
+        type=float,
+        default=weight,
+        metavar="W",
+        help="when keys wait for a server: this one's share relative to the others' (1 is the usual one)",
+    )
+    command.add_argument(
+        "--priority",
+        choices=tuple(PRIORITIES),
+        default=priority,
+        help="when keys wait for a server: all of a higher class go first",
+    )
 
 
 def main() -> int:
@@ -67,7 +88,17 @@ def _run(store: KeyStore, arguments: argparse.Namespace) -> None:
         expires_at = parse_expiry(arguments.expires, now) if arguments.expires else None
         if expires_at is not None and expires_at <= iso(now):
             print(f"--expires: {arguments.expires} is over: this key is expired from the start", file=sys.stderr)
-        _print_new(*store.create(arguments.name, models=tuple(arguments.model), expires_at=expires_at), arguments.json)
+        new = store.create(
+            arguments.name,
+            models=tuple(arguments.model),
+            expires_at=expires_at,
+            weight=arguments.weight,
+            priority=arguments.priority,
+        )
+        _print_new(*new, arguments.json)
+    elif arguments.command == "limits":
+        key = store.set_limits(arguments.name, weight=arguments.weight, priority=arguments.priority)
+        _print_keys([key], arguments.json)
     elif arguments.command == "list":
         _print_keys(store.list(), arguments.json)
     elif arguments.command == "rotate":
@@ -95,12 +126,14 @@ def _print_keys(keys: list[Key], as_json: bool) -> None:
     if as_json:
         for key in keys:
             shown = {"id": key.id, "name": key.name, "hint": key.hint, "state": key.state(now), "models": key.models}
-            print(json.dumps({**shown, "created_at": key.created_at, "expires_at": key.expires_at}))
+            limits = {"weight": key.weight, "priority": key.priority}
+            print(json.dumps({**shown, **limits, "created_at": key.created_at, "expires_at": key.expires_at}))
         return
-    rows = [("ID", "NAME", "KEY", "STATE", "EXPIRES", "MODELS")]
+    rows = [("ID", "NAME", "KEY", "STATE", "EXPIRES", "WEIGHT", "PRIORITY", "MODELS")]
     for key in keys:
         models = ", ".join(key.models) or "all"
-        rows.append((str(key.id), key.name, key.hint, key.state(now), key.expires_at or "never", models))
+        known = (str(key.id), key.name, key.hint, key.state(now), key.expires_at or "never")
+        rows.append((*known, f"{key.weight:g}", key.priority, models))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,11 +11,23 @@ MODULES = {path.stem: path for path in sorted((ADDON / "gateway").glob("*.py")) 
 MAX_LINES = 400
 
 MAY_IMPORT = {
-    "mitmproxy": {"connections", "dispatch", "hooks", "http1", "layers", "lifecycle", "startup"},
+    "mitmproxy": {
+        "connections",
+        "dispatch",
+        "held",
+        "hooks",
+        "http1",
+        "layers",
+        "lifecycle",
+        "startup",
+        "stream",
+        "upstream",
+        "upstream_tls",
+    },
     "sqlite3": {"database", "keystore", "ledger"},
     "sqlite_utils": {"database", "keystore", "ledger", "schema"},
-    "yaml": {"config"},
-    "httpx": {"discovery"},
+    "yaml": {"yaml_text"},
+    "httpx": {"asking"},
 }
 
 

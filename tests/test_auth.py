@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from gateway.auth import KEY_HEADERS, Authenticator, Caller
@@ -92,6 +93,20 @@ def test_keys_that_are_known_but_no_good(disabled: bool, expires_at: str | None,
 def test_a_key_that_is_still_good() -> None:
     key = Key(id=1, name="a", hint="", created_at=NOW, disabled=False, expires_at="2026-11-21T09:30:00.001Z", models=())
     assert authenticate({"x-api-key": ["k"]}, Store({"k": key})).key_id == 1
+
+
+LIMITS = {"high": 0, "normal": 1, "low": 2}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_callers_place_among_those_that_wait(name: str) -> None:
+    key = msgspec.structs.replace(ALICE, weight=2.5, priority=name)
+    expected = Caller(1, "alice", (), weight=2.5, priority=LIMITS[name])
+    assert authenticate({"x-api-key": ["k"]}, Store({"k": key})) == expected
+
+
+def test_a_key_without_limits_is_a_usual_caller() -> None:
+    assert authenticate({"x-api-key": ["good"]}) == Caller(1, "alice", (), weight=1, priority=1)
 
 
 def test_keys_that_can_not_be_read_let_nobody_in() -> None:

@@ -151,9 +151,9 @@ def test_refused_then_settled(start_rig: Callable[..., Rig], tmp_path: Path, cau
         with BREAKS[cause](rig.proxy):
             rig.upstream.release()
             eventually(lambda: not rig.proxy.healthy(), "that /health tells it")
-            served = len(rig.upstream.requests)
+            served = len(rig.upstream.asked)
             assert [rig.refused() for _ in range(3)] == [(503, "ledger_unavailable")] * 3
-            assert len(rig.upstream.requests) == served
+            assert len(rig.upstream.asked) == served
             # The server has long said all. Nobody has the end of it.
             assert [name for name, asked in asking.items() if asked.done()] == []
         assert asking["stream"].result() == (200, (EVENT + LAST + "data: [DONE]\n\n").encode())
@@ -215,12 +215,12 @@ def test_overwritten_while_running(start_rig: Callable[..., Rig]) -> None:
         file.write(b"this is no database any more " * 1000)
     rig.upstream.release()
     eventually(lambda: not rig.proxy.healthy() or all(a.done() for a in asking.values()), "the trouble")
-    served = len(rig.upstream.requests)
+    served = len(rig.upstream.asked)
     ended = [name for name, asked in asking.items() if asked.done() and asked.result()[0] == 200]
     status, _ = rig.ask("after")
     assert ended == []
     assert status == 503
-    assert len(rig.upstream.requests) == served
+    assert len(rig.upstream.asked) == served
 
 
 def test_started_without_a_way_to_write(start_proxy: StartProxy, upstream: Upstream, tmp_path: Path) -> None:

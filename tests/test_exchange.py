@@ -7,10 +7,13 @@ import msgspec
 import pytest
 
 from gateway.auth import Caller
+from gateway.balancer import Search
 from gateway.config import Server as ServerConfig
-from gateway.exchange import Exchange, Row, utc_now, uuid7
+from gateway.exchange import Exchange
+from gateway.records import Row, utc_now, uuid7
 from gateway.relay import BodyMeter, Relay, StreamMeter
-from gateway.routing import Claim, Server
+from gateway.servers import Claim, Server
+from gateway.strategies import Choice, Report, Wanted
 from gateway.tally import Tally
 from gateway.usage import read_openai
 from gateway.wire import Asked, read_json, read_multipart
@@ -160,19 +163,24 @@ OPEN = Row(
     model="fast",
     served_model="m",
     server="gpu-1",
+    route="prefix",
     stream=1,
     attempts=1,
-    queue_ms=0.0,
+    queue_ms=20.0,
     request_bytes=3,
     client_request_id="c",
 )
 
 
 def running(**more: Any) -> Exchange:
+    picked, caller = server(), Caller(7, "alice", ())
+    choice, claim = Choice(picked, "prefix"), Claim(picked, 100.0)
     return exchange(
         asked=Asked("json", "fast", stream=True),
         served_model="m",
-        claim=Claim(server()),
+        search=Search(caller, Wanted("m", None), claim=claim, choice=choice),
+        waited_s=0.02,
+        sent=100.125,
         attempts=1,
         request_bytes=3,
         client_request_id="c",
@@ -200,6 +208,19 @@ def test_a_settled_row() -> None:
         response_bytes=len(OK_STREAM),
     )
     assert running(status=200, relay=relay(OK_STREAM, True)).row("ok", 101.5) == expected
+
+
+def test_a_row_of_what_moved_and_fell_back() -> None:
+    one = running(fallback_from="big")
+    one.attempts = 3
+    row = one.row("open")
+    assert (row.server, row.route, row.fallback_from, row.served_model) == ("gpu-1", "retry", "big", "m")
+
+
+def test_a_row_says_whose_error_it_was() -> None:
+    """The last attempt failed, and the client got what another server had said before."""
+    other = Server(ServerConfig("gpu-2", "http://h:2"))
+    assert running(status=503, answered_by=other).row("error").server == "gpu-2"
 
 
 def test_a_whole_answers_row_has_no_first_token() -> None:
@@ -238,6 +259,56 @@ def test_releasing_twice_gives_back_once() -> None:
     one.release()
     one.release()
     assert one.server.running == 0
+
+
+REPORTS: dict[str, tuple[dict[str, Any], Report | None]] = {
+    "a stream": (
+        {"status": 200, "relay": relay(OK_STREAM, True)},
+        Report(ttft_s=0.125, prompt_tokens=47, cached_tokens=46, prompt_ms=0.5),
+    ),
+    "a whole answer": (
+        {"status": 200, "relay": relay(b'{"usage":{"prompt_tokens":3,"completion_tokens":1}}', False)},
+        Report(prompt_tokens=3),
+    ),
+    "no usage": ({"status": 200, "relay": relay(b"{}", False)}, Report()),
+    "an error": ({"status": 400, "relay": relay(b"{}", False)}, None),
+    "an answer of our own": ({"status": 503}, None),
+    "nothing yet": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("more", "expected"), REPORTS.values(), ids=REPORTS)
+def test_report(more: dict[str, Any], expected: Report | None) -> None:
+    assert running(**more).report() == expected
+
+
+def test_silence_is_since_the_last_byte() -> None:
+    one = running(heard=100.0)
+    assert one.silent_s(101.0) == 1.0
+    one.head_came(200)
+    one.heard = 102.0
+    one.relay = relay(b"{}", False)
+    assert (one.silent_s(103.0), one.silent_s(105.0)) == (0.0, 2.0)
+
+
+def test_the_next_attempt_starts_anew() -> None:
+    one = running(timed_out=True, head_status=503)
+    one.begin_attempt()
+    assert (one.attempts, one.timed_out, one.head_status, one.failure) == (2, False, None, None)
+
+
+CONTINUES = {
+    "the same": (200, {"content-type": "text/event-stream"}, True),
+    "with a charset": (200, {"content-type": "text/event-stream; charset=utf-8"}, True),
+    "another status": (206, {"content-type": "text/event-stream"}, False),
+    "no stream": (200, {"content-type": "application/json"}, False),
+    "no type": (200, {}, False),
+}
+
+
+@pytest.mark.parametrize(("status", "head", "expected"), CONTINUES.values(), ids=CONTINUES)
+def test_what_an_answer_can_continue_with(status: int, head: dict[str, str], expected: bool) -> None:
+    assert running(status=200).can_continue_with(status, head) is expected
 
 
 def test_uuid7() -> None:

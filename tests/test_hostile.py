@@ -424,9 +424,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory, confdir: Path) -> Iterator[Rig
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_input(rig: Rig, case: Case) -> None:
-    before, booked = len(rig.upstream.requests), rig.booked()
+    before, booked = len(rig.upstream.asked), rig.booked()
     answer = rig.send(case.data, len(case.statuses))
-    seen = rig.upstream.requests[before:]
+    seen = rig.upstream.asked[before:]
     rig.check(seen)
     assert (answer, len(seen)) == (tuple(case.statuses), case.reached)
     # The status comes before the end of the answer, and that comes after the row.
@@ -460,10 +460,10 @@ def _two(head: bytes, body: Iterator[bytes]) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("name", UPLOADS)
 def test_a_body_of_200_mb(rig: Rig, name: str) -> None:
-    before, seen = rig.rss(), len(rig.upstream.requests)
+    before, seen = rig.rss(), len(rig.upstream.asked)
     assert rig.send(UPLOADS[name]()) == (("401",) if "no key" in name else ("413",))
     assert rig.rss() - before < MAX_GROWTH_BYTES
-    assert len(rig.upstream.requests) == seen
+    assert len(rig.upstream.asked) == seen
     assert rig.proxy.healthy()
 
 
@@ -524,9 +524,9 @@ def main() -> None:
         print("| input | answer | reached a server |\n|---|---|---|")
         for kind, cases in TABLES.items():
             for case in cases:
-                before = len(upstream.requests)
+                before = len(upstream.asked)
                 answer = ", ".join(rig.send(case.data, len(case.statuses)))
-                reached = len(upstream.requests) - before
+                reached = len(upstream.asked) - before
                 name = case.name.replace("|", "\\|").encode("unicode_escape").decode()
                 print(f"| {kind}: {name} | {answer} | {'yes' if reached else 'no'} |")
         rig.proxy.kill()

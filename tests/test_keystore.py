@@ -9,8 +9,12 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
 
+from gateway import keystore
 from gateway.keystore import Key, KeyProblem, KeyReader, KeyStore, KeysUnavailable, hash_key, parse_expiry
 
 ADDON = Path(__file__).parents[1] / "addon"
@@ -50,6 +54,8 @@ def test_a_keys_life(store: KeyStore, reader: KeyReader) -> None:
         disabled=False,
         expires_at="2027-01-01T00:00:00.000Z",
         models=("qwen*",),
+        weight=1,
+        priority="normal",
     )
     assert reader.find(key) == made == store.get("alice")
 
@@ -107,6 +113,25 @@ PROBLEMS = {
     "create, a line end": (lambda store: store.create("a\nb"), "no name for a key"),
     "create, too long": (lambda store: store.create("x" * 201), "no name for a key"),
     "create, a broken pattern": (lambda store: store.create("b", models=("/(/",)), "no regular expression"),
+    "create, a weight of 0": (lambda store: store.create("b", weight=0), "--weight: expected a number from 0.001"),
+    "create, a weight below 0": (lambda store: store.create("b", weight=-1), "--weight: .* got -1"),
+    "create, a weight beyond bounds": (lambda store: store.create("b", weight=1000.5), "--weight: .* to 1000"),
+    "create, a weight without end": (lambda store: store.create("b", weight=float("inf")), "--weight: .* got inf"),
+    "create, a weight that is none": (lambda store: store.create("b", weight=float("nan")), "--weight: .* got nan"),
+    "create, an unknown priority": (
+        lambda store: store.create("b", priority="highest"),
+        "--priority: expected one of high, normal, low, got 'highest'",
+    ),
+    "limits, nothing given": (
+        lambda store: store.set_limits("alice"),
+        r"nothing to change: give --weight W, --priority high\|normal\|low, or both",
+    ),
+    "limits, no such key": (lambda store: store.set_limits("bob", weight=2), "no key named 'bob'"),
+    "limits, one of two is wrong": (
+        lambda store: store.set_limits("alice", weight=2, priority=""),
+        "--priority: .* got ''",
+    ),
+    "limits, a weight of 0": (lambda store: store.set_limits("alice", weight=0, priority="low"), "--weight: .* got 0"),
     "get": (lambda store: store.get("bob"), "no key named 'bob'"),
     "rotate": (lambda store: store.rotate("bob"), "no key named 'bob'"),
     "disable": (lambda store: store.set_disabled("bob", True), "no key named 'bob'"),
@@ -122,6 +147,41 @@ def test_problems(call: object, message: str, store: KeyStore) -> None:
     with pytest.raises(KeyProblem, match=message):
         call(store)
     assert store.list() == before
+
+
+def test_limits_change_one_by_one_or_both(store: KeyStore, reader: KeyReader) -> None:
+    made, key = store.create("alice", models=("m",), weight=0.5, priority="low")
+    assert (made.weight, made.priority) == (0.5, "low")
+    for weight, priority, expected in [
+        (1000, None, (1000, "low")),
+        (None, "high", (1000, "high")),
+        (3, "normal", (3, "normal")),
+    ]:
+        changed = store.set_limits("alice", weight=weight, priority=priority)
+        assert reader.find(key) == changed == msgspec.structs.replace(made, weight=expected[0], priority=expected[1])
+
+
+def test_a_new_key_for_a_name_keeps_its_limits(store: KeyStore) -> None:
+    store.create("alice", weight=4, priority="high")
+    rotated, _ = store.rotate("alice")
+    assert (rotated.weight, rotated.priority) == (4, "high")
+
+
+def test_a_file_of_before_the_fair_queue(path: Path) -> None:
+    """It migrates as it is opened, and its keys are the usual ones."""
+    path.parent.mkdir()
+    older = Migrations(keystore.migrations.name)
+    older._migrations = keystore.migrations._migrations[:1]
+    with closing(sqlite3.connect(path)) as db:
+        older.apply(Database(db))
+        db.execute("insert into keys (name, hash, hint, created_at) values ('alice', ?, '', '')", (hash_key("old"),))
+        db.commit()
+    with closing(KeyReader(path)) as reader:
+        found = reader.find("old")
+    assert found == Key(
+        id=1, name="alice", hint="", created_at="", disabled=False, expires_at=None, models=(), weight=1,
+        priority="normal",
+    )  # fmt: skip
 
 
 def test_a_change_of_another_process_acts_at_the_next_look(store: KeyStore, reader: KeyReader, path: Path) -> None:
@@ -182,10 +242,11 @@ def test_garbage_lets_nobody_in_until_it_is_mended(store: KeyStore, reader: KeyR
     assert reader.find(key)
 
 
-def test_a_row_that_can_not_be_read_lets_nobody_in(store: KeyStore, reader: KeyReader, path: Path) -> None:
+@pytest.mark.parametrize("change", ["models = 'qwen'", "weight = 0", "weight = 'much'", "priority = 'highest'"])
+def test_a_row_that_can_not_be_read_lets_nobody_in(change: str, store: KeyStore, reader: KeyReader, path: Path) -> None:
     key = store.create("alice")[1]
     with closing(sqlite3.connect(path)) as db, db:
-        db.execute("update keys set models = 'qwen'")
+        db.execute(f"update keys set {change}")
     with pytest.raises(KeysUnavailable):
         reader.find(key)
 

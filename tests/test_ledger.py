@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from gateway import schema
-from gateway.exchange import Row
 from gateway.ledger import Ledger
+from gateway.records import Row
 from waiting import eventually
 
 ADDON = Path(__file__).parents[1] / "addon"
@@ -172,7 +172,7 @@ CRASH = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {addon!r})
-from gateway.exchange import Row
+from gateway.records import Row
 from gateway.ledger import Ledger
 ledger = Ledger(Path({path!r}))
 for number in range(20):
@@ -245,7 +245,7 @@ def test_several_workers_make_the_file_at_once(path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ADDON)!r})\nfrom pathlib import Path; from gateway.ledger import Ledger\n"
     )
-    code += "from gateway.exchange import Row\n"
+    code += "from gateway.records import Row\n"
     code += f"ledger = Ledger(Path({str(path)!r}))\n"
     code += "ledger.open(Row(id=sys.argv[1], started_at='2026', endpoint='/x', outcome='open', worker=ledger.worker))\n"
     code += "ledger.close()"
@@ -258,7 +258,7 @@ def test_a_killed_writer_loses_nothing_that_was_settled(path: Path) -> None:
     """What a process was told is settled is there after kill -9."""
     code = f"import sys; sys.path.insert(0, {str(ADDON)!r})\n" + (
         "import asyncio\nfrom pathlib import Path\n"
-        "from gateway.exchange import Row\nfrom gateway.ledger import Ledger\n"
+        "from gateway.records import Row\nfrom gateway.ledger import Ledger\n"
         "async def main():\n"
         f"    ledger = Ledger(Path({str(path)!r}))\n"
         "    for number in range(100000):\n"

@@ -115,6 +115,7 @@ CASES = [
     Case("rerank", "/v1/rerank", {"query": "world", "documents": ["the world", "a house"]}, None, WHOLE, "rerank"),
     Case("rerank, texts", "/rerank", {"query": "world", "texts": ["the world", "a house"]}, None, WHOLE, "rerank"),
 ]
+MEASURED = ("started_at", "queue_ms", "ttft_ms", "duration_ms", "worker")
 RUNS = [(case, streamed) for case in CASES for streamed in case.streams]
 NAMES = [f"{case.name}{', streamed' * streamed}" for case, streamed in RUNS]
 
@@ -187,13 +188,15 @@ def test_the_row_says_what_the_server_said(
     before = said(case.path, directly.content, case.prompts)
     (row,) = proxy.query("select * from requests where id = ?", answer.headers["x-request-id"])
     lines.append(Line(case.name, case, told, row))
-    assert {name: row[name] for name in row if name not in ("started_at", "ttft_ms", "duration_ms", "worker")} == {
+    assert {name: row[name] for name in row if name not in MEASURED} == {
         "id": answer.headers["x-request-id"],
         "key_id": alice.id,
         "key_name": "alice",
         "model": case.server,
         "served_model": case.server,
         "server": f"server of {case.server}",
+        "route": "only",
+        "fallback_from": None,
         "endpoint": case.path,
         "stream": int(streamed),
         "status": 200,
@@ -204,7 +207,6 @@ def test_the_row_says_what_the_server_said(
         "completion_tokens": told.completion,
         "reasoning_tokens": None,
         "tokens_source": told.source,
-        "queue_ms": 0.0,
         "prompt_ms": told.prompt_ms,
         "predicted_ms": told.predicted_ms,
         "attempts": 1,
@@ -216,6 +218,7 @@ def test_the_row_says_what_the_server_said(
     if case.completion is not None:
         assert told.completion == before.completion == case.completion
     assert (row["ttft_ms"] is not None) == streamed
+    assert 0 <= row["queue_ms"] < row["duration_ms"]
 
 
 def test_the_table_has_every_endpoint() -> None:

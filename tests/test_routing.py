@@ -1,5 +1,6 @@
-"""From a model's name to a claimed server."""
+"""From a model's name to the servers that have it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from gateway.config import Config, Server
 from gateway.exchange import Exchange
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
-from gateway.routing import Claim, Router, least_busy
-from gateway.routing import Server as Upstream
+from gateway.routing import Router
+from gateway.servers import Claim
+from gateway.servers import Server as Upstream
 from gateway.service import Service
 from gateway.wire import MAX_MODEL_NAME
 
@@ -97,16 +99,36 @@ def test_learn() -> None:
 
 VISIBLE = {
     "models, then plain aliases": ({}, [("m", "m"), ("m2", "m2"), ("n", "n"), ("fast", "m")]),
-    "one of two servers down": ({"a": False}, [("m", "m"), ("n", "n"), ("fast", "m")]),
-    "both down": ({"a": False, "b": False, "c": True}, [("n", "n")]),
+    "one of two servers down": ({"a": "down"}, [("m", "m"), ("n", "n"), ("fast", "m")]),
+    "both down": ({"a": "down", "b": "down", "c": "up"}, [("n", "n")]),
+    "soon there": ({"a": "loading"}, [("m", "m"), ("m2", "m2"), ("n", "n"), ("fast", "m")]),
+    "left alone for now": ({"a": "paused", "c": "ejected"}, [("m", "m"), ("m2", "m2"), ("n", "n"), ("fast", "m")]),
 }
 
 
-@pytest.mark.parametrize(("up", "expected"), VISIBLE.values(), ids=VISIBLE)
-def test_visible(up: dict[str, bool], expected: list[tuple[str, str]]) -> None:
+def bring(server: Upstream, state: str) -> None:
+    health = server.health
+    match state:
+        case "up":
+            health.probe_ok(0.0)
+        case "down":
+            health.refused(0.0, "refuses connections")
+        case "loading":
+            health.probe_loading(0.0, "loads its model")
+        case "paused":
+            health.asked_to_wait(0.0, 60)
+        case "ejected":
+            for _ in range(3):
+                health.failed(0.0, "failed")
+    assert health.state == state
+
+
+@pytest.mark.parametrize(("states", "expected"), VISIBLE.values(), ids=VISIBLE)
+def test_visible(states: dict[str, str], expected: list[tuple[str, str]]) -> None:
     routes = router("a m m2", "b m", "c n", aliases={"fast": "m", "gpt-*": "m", "gone": "x"})
     for server in routes.servers:
-        server.up = up.get(server.name)
+        if server.name in states:
+            bring(server, states[server.name])
     assert list(routes.visible()) == expected
 
 
@@ -115,59 +137,24 @@ def test_a_name_is_visible_once() -> None:
     assert sorted(names) == ["m", "n"]
 
 
-def test_pick_claims_the_least_busy() -> None:
-    routes = router("a m", "b m", "c n")
-    claims = [routes.pick("m") for _ in range(4)]
-    assert [claim.server.name for claim in claims] == ["a", "b", "a", "b"]
-    claims[1].release()
-    claims[1].release()
-    assert [server.running for server in routes.servers] == [2, 1, 0]
-    assert routes.pick("m").server.name == "b"
-    assert routes.pick(None).server.name == "c"
+SERVERS_OF: dict[str | None, list[str]] = {"m": ["a", "b"], "n": ["c"], "nobody's": [], None: ["a", "b", "c"]}
 
 
-WEIGHTS = {
-    "equal": ([1, 1], [0, 0], 0),
-    "a heavier one": ([1, 2], [0, 0], 1),
-    "in proportion": ([1, 3], [0, 2], 0),
-    "a small one": ([0.5, 1], [0, 1], 0),
-}
+@pytest.mark.parametrize(("model", "expected"), SERVERS_OF.items(), ids=map(str, SERVERS_OF))
+def test_servers_of(model: str | None, expected: list[str]) -> None:
+    assert [server.name for server in router("a m", "b m", "c n").servers_of(model)] == expected
 
 
-@pytest.mark.parametrize(("weights", "running", "expected"), WEIGHTS.values(), ids=WEIGHTS)
-def test_least_busy(weights: list[float], running: list[int], expected: int) -> None:
-    servers = [Upstream(Server("s", "http://h", weight=weight)) for weight in weights]
-    for server, count in zip(servers, running, strict=True):
-        for _ in range(count):
-            Claim(server)
-    assert least_busy(servers) is servers[expected]
-
-
-DOWN = {
-    "one down": ({"a": False}, [], "b"),
-    "all down: the least busy all the same": ({"a": False, "b": False}, [], "a"),
-    "not tried yet counts as up": ({"b": True}, [], "a"),
-    "tried": ({}, ["a"], "b"),
-    "tried, and the other down": ({"b": False}, ["a"], "b"),
-}
-
-
-@pytest.mark.parametrize(("up", "tried", "expected"), DOWN.values(), ids=DOWN)
-def test_pick_with_servers_down(up: dict[str, bool], tried: list[str], expected: str) -> None:
-    routes = router("a m", "b m")
-    for server in routes.servers:
-        server.up = up.get(server.name)
-    picked = routes.pick("m", [server for server in routes.servers if server.name in tried])
-    assert picked.server.name == expected
-
-
-@pytest.mark.parametrize("model", ["m", "nobody's"])
-def test_nothing_left_to_pick(model: str) -> None:
-    routes = router("a m")
-    with pytest.raises(Refusal) as caught:
-        routes.pick(model, routes.servers)
-    assert (caught.value.status, caught.value.code) == (503, "no_server_available")
-    assert routes.servers[0].running == 0
+def test_a_claim_is_given_back_once() -> None:
+    released: list[str] = []
+    (server,) = router("a m").servers
+    first, second = (Claim(server, 0.0, partial(released.append, name)) for name in ("first", "second"))
+    assert server.running == 2
+    first.release()
+    first.release()
+    assert (server.running, released) == (1, ["first"])
+    second.release()
+    assert (server.running, released) == (0, ["first", "second"])
 
 
 URLS = {
@@ -193,6 +180,6 @@ def test_a_key_for_some_models_gets_none_that_nobody_knows(tmp_path: Path) -> No
     one = Exchange("id", caller, "/v1/chat/completions", "/v1/chat/completions", "2026", 0.0, "w", 10)
     try:
         with pytest.raises(Refusal):
-            service.choose(one)
+            service.allow(one)
     finally:
         service.close()

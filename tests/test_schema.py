@@ -12,7 +12,7 @@ from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from gateway import schema
-from gateway.exchange import Row
+from gateway.records import Row
 
 CONTRACT = {
     "id": "TEXT",

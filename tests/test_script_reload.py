@@ -84,7 +84,7 @@ class Rig:
         return response.status
 
     def names_at_server(self) -> list[str]:
-        return [name for request in self.upstream.requests for name in request.values("x-request-id")]
+        return [name for request in self.upstream.asked for name in request.values("x-request-id")]
 
     def outcome(self, name: str) -> str | None:
         rows = self.proxy.query("select outcome from requests where client_request_id = ?", name)

@@ -130,6 +130,7 @@ OK = reply(
 )
 MODELS = reply({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 HEALTH = reply({"status": "ok"})
+QUESTIONS = ("/health", "/v1/models", "/props")
 
 
 class Upstream:
@@ -157,6 +158,7 @@ class Upstream:
 
     def __exit__(self, *_: object) -> None:
         self.refuse()
+        self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -164,6 +166,11 @@ class Upstream:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def asked(self) -> list[Request]:
+        """What came on behalf of clients: without the questions that a gateway asks by itself, at any time."""
+        return [one for one in self.requests if one.method != "GET" or not one.path.endswith(QUESTIONS)]
 
     @property
     def open(self) -> int:
@@ -223,6 +230,9 @@ class Upstream:
 
     async def _close_port(self) -> None:
         if self._server:
+            for listener in self._server.sockets:
+                self._loop.remove_reader(listener)
+            await asyncio.sleep(0)  # Python 3.13 forgets a connection that was accepted just before its server closes
             self._server.close()
 
     async def _release(self) -> None:
@@ -234,6 +244,14 @@ class Upstream:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+    async def _end(self) -> None:
+        """Connections that were accepted a moment ago have to be closed, too: after the loop's end nobody could."""
+        this = asyncio.current_task()
+        while others := [task for task in asyncio.all_tasks() if task is not this]:
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.keystore import Key, KeysUnavailable
+from gateway.keystore import PRIORITIES, Key, KeysUnavailable
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
 
@@ -18,11 +18,16 @@ KEY_HEADERS = ("authorization", "x-api-key", "api-key")
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Whose request it is, and which models it may use (none named: all)."""
+    """Whose request it is, which models it may use (none named: all), and its place among those that wait.
+
+    `weight`: its share relative to other callers of its class. `priority`: the class, 0 goes first.
+    """
 
     key_id: int
     key_name: str
     models: tuple[Pattern, ...]
+    weight: float = 1
+    priority: int = PRIORITIES["normal"]
 
     def may_use(self, *names: str) -> bool:
         """`names`: those of one model, as asked and as served. One of them must be allowed."""
@@ -66,7 +71,8 @@ class Authenticator:
 
 @functools.lru_cache(maxsize=1024)
 def _caller(key: Key) -> Caller:
-    return Caller(key.id, key.name, tuple(Pattern(model) for model in key.models))
+    models = tuple(Pattern(model) for model in key.models)
+    return Caller(key.id, key.name, models, weight=key.weight, priority=PRIORITIES[key.priority])
 
 
 def _key_of(key_headers: dict[str, list[str]]) -> str | None:

@@ -4,24 +4,20 @@ A wrong file raises `ConfigError` with the path in the file, what was expected a
 `${NAME}` and hide in `repr`.
 """
 
-import contextlib
 import difflib
-import json
+import functools
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
-import yaml
 
 from gateway.patterns import Pattern
-
-
-class ConfigError(Exception):
-    """What is wrong with a config file, where, and what to do about it: `str` is meant for a person."""
+from gateway.yaml_text import ConfigError as ConfigError
+from gateway.yaml_text import expand, read
 
 
 class Secret(str):
@@ -54,7 +50,10 @@ class Address(str):
 
 
 class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An upstream server. `models` None: asked from the server itself. `type` None: told by the server's answers."""
+    """An upstream server. `models` None: asked from the server itself. `type` None: told by the server's answers.
+
+    `slots`: how many requests it works on at once; None: asked from the server; 0: without a bound.
+    """
 
     name: str
     url: str
@@ -62,6 +61,47 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: tuple[str, ...] | None = None
     weight: float = 1
     type: str | None = None
+    slots: int | None = None
+    verify_tls: bool = True
+    ca_file: Path | None = None
+
+
+class Prefix(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The strategy `prefix`. `stickiness`: seconds of waiting that a saved second of prompt reading is worth."""
+
+    stickiness: float = 1
+    index_size: int = 400_000
+
+
+class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which server gets a request, and how often it is tried. `models`: model -> a strategy of its own."""
+
+    strategy: str = "prefix"
+    models: dict[str, str] = {}
+    prefix: Prefix = Prefix()
+    max_attempts: int = 5
+    backoff_s: float = 0.05
+    max_backoff_s: float = 2
+
+
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests that wait for a server's slot. `max_length`: of one model, in one worker."""
+
+    max_length: int = 500
+    max_wait_s: float = 300
+
+
+class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Probes of each server, and how long one is left alone whose requests fail."""
+
+    path: str = "/health"
+    interval_s: float = 2
+    timeout_s: float = 3
+    up_after: int = 1
+    down_after: int = 3
+    eject_after: int = 3
+    eject_s: float = 2
+    max_eject_s: float = 60
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,10 +116,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_model: str | None = None
     max_body_mb: float = 100
     first_byte_timeout_s: float = 600
+    loading_wait_s: float = 60
     drain_s: float = 30
+    routing: Routing = Routing()
+    queue: Queue = Queue()
+    health: Health = Health()
+    fallbacks: dict[str, tuple[str, ...]] = {}
 
 
 SERVER_TYPES = ("llama.cpp", "openai")
+STRATEGIES = ("prefix", "least-busy", "round-robin", "latency")
+_SECTIONS = {"servers": Server, "routing": Routing, "routing.prefix": Prefix, "queue": Queue, "health": Health}
 _EXPECTED = {
     "listen": "as in 127.0.0.1:8000",
     "dashboard": "as in 127.0.0.1:8001",
@@ -105,83 +152,19 @@ def load(path: str | Path, environ: Mapping[str, str] = os.environ) -> Config:
 
 def parse(text: str, folder: Path, environ: Mapping[str, str]) -> Config:
     """The text of a config file -> Config. `folder`: what relative paths count from. Raises ConfigError."""
-    raw = _read(text)
+    raw = read(text)
     if not isinstance(raw, dict):
         raise _wrong("", "a mapping that begins with 'servers:'", raw)
     try:
-        config = msgspec.convert(_expand(raw, "", environ), Config, dec_hook=_decode)
+        config = msgspec.convert(expand(raw, environ), Config, dec_hook=_decode)
     except msgspec.ValidationError as error:
         raise _explain(error, raw) from None
     _check(config)
-    return msgspec.structs.replace(config, data=folder / config.data)
-
-
-def _read(text: str) -> Any:
-    """YAML, or JSON with the tabs that YAML forbids."""
-    try:
-        if text.lstrip().startswith("{"):
-            with contextlib.suppress(json.JSONDecodeError):
-                text = json.dumps(json.loads(text, object_pairs_hook=_unique), ensure_ascii=False)
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader that also refuses repeated keys
-    except yaml.YAMLError as error:
-        raise ConfigError(f"is not YAML: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ConfigError(f"the key {key!r} is given twice")
-        found[key] = value
-    return found
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML says that keys are unique; PyYAML takes the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
-
-
-def _expand(value: Any, path: str, environ: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        # A key with nothing behind it is a key left out.
-        return {
-            key: _expand(item, f"{path}.{key}" if path else str(key), environ)
-            for key, item in value.items()
-            if item is not None
-        }
-    if isinstance(value, list):
-        return [_expand(item, f"{path}[{index}]", environ) for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
-    def variable(match: re.Match[str]) -> str:
-        name, default = match[1], match[3]
-        if name in environ:
-            return environ[name]
-        if match[2] is not None:
-            return default
-        raise ConfigError(
-            f"{path}: the environment variable {name} is not set. Set it, or write ${{{name}:-}} for empty"
-        )
-
-    return _VARIABLE.sub(variable, value)
+    servers = tuple(
+        msgspec.structs.replace(server, ca_file=folder / server.ca_file) if server.ca_file else server
+        for server in config.servers
+    )
+    return msgspec.structs.replace(config, data=folder / config.data, servers=servers)
 
 
 def _decode(kind: type, value: Any) -> Any:
@@ -206,7 +189,7 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ConfigError
     message, path = (match[1], match[2] or "") if match else (str(error), "")
     unknown = re.search(r"unknown field `(.*)`", message)
     if unknown:
-        fields = Server.__struct_fields__ if path.startswith("servers") else Config.__struct_fields__
+        fields = _SECTIONS.get(path.partition("[")[0], Config).__struct_fields__
         close = difflib.get_close_matches(unknown[1], fields, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(fields)}"
         return ConfigError(f"{path + '.' if path else ''}{unknown[1]}: unknown key; {hint}")
@@ -220,17 +203,53 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ConfigError
     return ConfigError(f"{path}: {message[:1].lower()}{message[1:]}{expected}")
 
 
+_ABOVE_0 = (
+    "max_body_mb",
+    "first_byte_timeout_s",
+    "health.interval_s",
+    "health.timeout_s",
+    "health.eject_s",
+    "health.max_eject_s",
+)
+_FROM_0 = (
+    "drain_s",
+    "loading_wait_s",
+    "queue.max_length",
+    "queue.max_wait_s",
+    "routing.backoff_s",
+    "routing.max_backoff_s",
+    "routing.prefix.stickiness",
+)
+_FROM_1 = (
+    "health.up_after",
+    "health.down_after",
+    "health.eject_after",
+    "routing.max_attempts",
+    "routing.prefix.index_size",
+)
+
+
+def _value(config: Config, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), config)
+
+
 def _check(config: Config) -> None:
     """What types can't say."""
     if not config.servers:
         raise ConfigError(f"servers: expected {_EXPECTED['servers']}, got none")
     for index, problem in _server_problems(config.servers):
         raise ConfigError(f"servers[{index}].{problem}")
-    for name in ("max_body_mb", "first_byte_timeout_s"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise _wrong(name, "a number above 0", getattr(config, name))
-    if not 0 <= config.drain_s < float("inf"):
-        raise _wrong("drain_s", "a number of seconds, 0 or more", config.drain_s)
+    for name in _ABOVE_0:
+        if not 0 < _value(config, name) < float("inf"):
+            raise _wrong(name, "a number above 0", _value(config, name))
+    for name in _FROM_0:
+        if not 0 <= _value(config, name) < float("inf"):
+            raise _wrong(name, "a number, 0 or more", _value(config, name))
+    for name in _FROM_1:
+        if _value(config, name) < 1:
+            raise _wrong(name, "a whole number, 1 or more", _value(config, name))
+    if not config.health.path.startswith("/"):
+        raise _wrong("health.path", "a path that begins with /", config.health.path)
     if config.listen == config.dashboard and config.listen.port:
         raise ConfigError(f"dashboard: {config.dashboard} is the proxy's own address (listen); choose another port")
     _check_names(config)
@@ -258,6 +277,10 @@ def _server_problems(servers: tuple[Server, ...]) -> Iterator[tuple[int, str]]:
             yield index, f"type: expected one of {', '.join(SERVER_TYPES)}, got {server.type!r}"
         if server.models is not None and not all(model.strip() for model in server.models):
             yield index, "models: expected names that are not empty"
+        if server.slots is not None and server.slots < 0:
+            yield index, f"slots: expected a whole number, 0 (no bound) or more, got {server.slots}"
+        if server.ca_file is not None and not server.verify_tls:
+            yield index, "ca_file: is of no use with verify_tls: false; leave one of them out"
         if "\n" in server.api_key or "\r" in server.api_key:
             yield index, "api_key: expected one line"
         names.add(server.name)
@@ -284,6 +307,18 @@ def _check_names(config: Config) -> None:
             raise ConfigError(f"aliases.{alias}: {error}") from None
         if all_known and model not in known:
             raise ConfigError(f"aliases.{alias}: {model!r} is no server's model; {_near(model, known)}")
+    for model, strategy in {"": config.routing.strategy, **config.routing.models}.items():
+        path = f"routing.models.{model}" if model else "routing.strategy"
+        if strategy not in STRATEGIES:
+            raise _wrong(path, f"one of {', '.join(STRATEGIES)}", strategy)
+        if model and all_known and model not in known:
+            raise ConfigError(f"{path}: {model!r} is no server's model; {_near(model, known)}")
+    for model, others in config.fallbacks.items():
+        for name in (model, *others):
+            if all_known and name not in known:
+                raise ConfigError(f"fallbacks.{model}: {name!r} is no server's model; {_near(name, known)}")
+        if model in others or len(set(others)) < len(others):
+            raise _wrong(f"fallbacks.{model}", "other models, each once", list(others))
     default = config.default_model
     if default is not None and all_known and default not in known and default not in config.aliases:
         raise ConfigError(f"default_model: {default!r} is no server's model and no alias; {_near(default, known)}")

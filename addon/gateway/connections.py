@@ -97,8 +97,9 @@ class Connections:
             return
         address = (flow.request.host, flow.request.port)
         for conn, io in list(handler.transports.items()):
-            is_connecting = io.writer is None and io.handler is not None and conn.address == address
-            if is_connecting and conn.timestamp_start and time.time() - conn.timestamp_start > longer_than_s:
+            is_connecting = io.writer is None or (conn.tls and not conn.tls_established)
+            is_late = conn.timestamp_start and time.time() - conn.timestamp_start > longer_than_s
+            if is_connecting and is_late and io.handler and conn.address == address:
                 io.handler.cancel("the server does not answer")
 
     async def _watch(self) -> None:

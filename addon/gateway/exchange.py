@@ -1,57 +1,23 @@
 """One request, from admission to its row."""
 
-import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-
-import msgspec
 
 from gateway import wire
 from gateway.auth import Caller
+from gateway.balancer import Search
+from gateway.failover import Failure
+from gateway.records import MAX_TEXT, Row
 from gateway.relay import Relay
-from gateway.routing import Claim, Server
+from gateway.servers import Server
+from gateway.strategies import Report
 from gateway.tally import Tokens
+from gateway.usage import ends_with_mark
 from gateway.wire import Asked
 
 # Endpoints whose streams tell their usage only when asked to by stream_options.
 _USAGE_WHEN_ASKED = frozenset({"/v1/chat/completions", "/v1/completions", "/chat/completions"})
-
-
-# A head may be tens of kilobytes; what clients write into the books of all is less.
-MAX_TEXT = 1000
-
-
-class Row(msgspec.Struct):
-    """A row of `requests`: the columns' names and units. None: unknown, or not come to."""
-
-    id: str
-    started_at: str
-    endpoint: str
-    outcome: str
-    worker: str
-    key_id: int | None = None
-    key_name: str | None = None
-    model: str | None = None
-    served_model: str | None = None
-    server: str | None = None
-    stream: int | None = None
-    status: int | None = None
-    error_code: str | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    completion_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    tokens_source: str | None = None
-    queue_ms: float | None = None
-    ttft_ms: float | None = None
-    duration_ms: float | None = None
-    prompt_ms: float | None = None
-    predicted_ms: float | None = None
-    attempts: int = 0
-    request_bytes: int = 0
-    response_bytes: int = 0
-    client_request_id: str | None = None
 
 
 @dataclass(eq=False)
@@ -75,10 +41,18 @@ class Exchange:
     fields: tuple[tuple[bytes, bytes], ...] = ()  # the client's headers, as they came
     body: bytes = b""
     request_bytes: int = 0
-    claim: Claim | None = None
-    tried: list[Server] = field(default_factory=list)
+    search: Search | None = None  # for a server; from when it is known what is wanted
+    fallback_from: str | None = None  # the model that was wanted, when another one answers
+    waited_s: float = 0.0  # for a server, over all attempts
     attempts: int = 0
+    met_loading: int = 0  # so many of them met a model that loads
+    loading_since: float | None = None  # when the first of these did
     sent: float | None = None  # when the last attempt was sent
+    heard: float = 0.0  # when the server last gave a sign of life since then
+    heard_bytes: int = 0  # how much of the answer had come then
+    head_status: int | None = None  # of the last attempt's answer, before it is clear that this is the answer
+    is_answering: bool = False  # what the last attempt brings goes to the client
+    has_left: bool = False  # the client is gone
     usage_asked: bool = False  # we asked the server for usage: strip it
     relay: Relay | None = None
     status: int | None = None
@@ -86,10 +60,12 @@ class Exchange:
     error_code: str | None = None
     outcome: str | None = None  # decided before the end: refused, unreachable
     cut_by: str | None = None  # "client" or "server": whose end of the connection broke first
-    failure: str | None = None  # why the last attempt failed, before a byte of an answer; None: go on
-    connection_refused: bool = False
+    failure: Failure | None = None  # how the last attempt failed; None: go on
+    has_answer: bool = False  # should nothing help, there is a server's own error or an answer's head to go on with
+    error_from: Server | None = None  # whose own error that is
+    answered_by: Server | None = None  # when it is not the one that was tried last
+    next_head: Mapping[str, str] = field(default_factory=dict)  # of an answer that goes on with another server
     connection_was_used: bool = False  # the attempt went over a connection that had carried a request before
-    may_send_again: bool = False  # nothing at all came back from the last attempt
     timed_out: bool = False
     is_open: bool = False  # its open row is written, or about to be
     settling: bool = False  # the row is on its way
@@ -97,12 +73,58 @@ class Exchange:
 
     @property
     def server(self) -> Server | None:
-        return self.claim.server if self.claim else None
+        """Who answered, or was tried last."""
+        claim = self.search.claim if self.search else None
+        return self.answered_by or (claim.server if claim else None)
+
+    @property
+    def route(self) -> str | None:
+        """Why that server, in a word."""
+        choice = self.search.choice if self.search else None
+        return choice.route if choice and self.attempts < 2 else "retry" if choice else None
 
     def release(self) -> None:
         """Give back what was claimed."""
-        if self.claim:
-            self.claim.release()
+        if self.search:
+            self.search.release()
+
+    def client_left(self) -> None:
+        """Whatever it waits for, it waits no more."""
+        self.has_left = True
+        if self.search:
+            self.search.give_up()
+
+    def begin_attempt(self) -> None:
+        self.attempts += 1
+        self.sent = self.heard = time.monotonic()
+        self.head_status, self.timed_out, self.is_answering = None, False, False
+        self.failure = None
+
+    def head_came(self, status: int) -> None:
+        self.head_status = status
+        self.heard = time.monotonic()
+
+    def silent_s(self, now: float) -> float:
+        """How long the server has sent nothing. To be asked every now and then."""
+        received = self.relay.response_bytes if self.relay else 0
+        if received != self.heard_bytes:
+            self.heard, self.heard_bytes = now, received
+        return now - self.heard
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has the answer's first event, or the first bytes of an answer that has none."""
+        return self.relay is not None and (not self.relay.is_stream or self.relay.first_event_at is not None)
+
+    @property
+    def needs_event(self) -> bool:
+        """Whether a stream that ends without an event has failed."""
+        return ends_with_mark(self.endpoint)
+
+    def can_continue_with(self, status: int, head: Mapping[str, str]) -> bool:
+        """Whether another server's answer can go on where this one's events would have begun."""
+        is_plain = head.get("content-encoding", "identity").lower() == "identity"
+        return status == self.status and is_plain and "event-stream" in head.get("content-type", "")
 
     def body_for(self, server: Server, content_type: str) -> bytes:
         """The client's body, with what `server` needs patched in: its name of the model, the wish for usage."""
@@ -146,6 +168,8 @@ class Exchange:
             model=self.asked.model,
             served_model=self.served_model,
             server=self.server.name if self.server else None,
+            route=self.route,
+            fallback_from=self.fallback_from,
             stream=int(self.asked.stream),
             status=self.status,
             error_code=self.error_code,
@@ -156,8 +180,8 @@ class Exchange:
         )
         if now is not None:
             row.duration_ms = _ms(now - self.started)
-        if self.attempts:
-            row.queue_ms = 0.0  # nothing waits here yet
+        if self.search:
+            row.queue_ms = _ms(self.waited_s)
         if self.relay:
             self._add_answer(row, self.relay)
         return row
@@ -173,20 +197,20 @@ class Exchange:
         if relay.is_stream and relay.first_event_at is not None:
             row.ttft_ms = _ms(relay.first_event_at - self.started)
 
+    def report(self) -> Report | None:
+        """What the answer tells of its server. None: nothing, since it did not end well."""
+        relay = self.relay
+        if relay is None or self.sent is None or (self.status or 0) >= 400:
+            return None
+        tokens, _ = relay.tally.tokens()
+        first = relay.first_event_at if relay.is_stream else None
+        return Report(
+            ttft_s=first - self.sent if first is not None else None,
+            prompt_tokens=tokens.prompt,
+            cached_tokens=tokens.cached,
+            prompt_ms=relay.tally.prompt_ms,
+        )
+
 
 def _ms(seconds: float) -> float:
     return round(max(seconds, 0.0) * 1000, 2)
-
-
-def utc_now() -> str:
-    """UTC, ISO 8601 with milliseconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-
-
-def uuid7() -> str:
-    """A UUIDv7 (RFC 9562): sorts by the time it was made in, to the millisecond."""
-    millis, noise = time.time_ns() // 1_000_000, os.urandom(10)
-    high = (noise[0] & 0x0F) | 0x70
-    variant = (noise[2] & 0x3F) | 0x80
-    digits = f"{millis:012x}{high:02x}{noise[1]:02x}{variant:02x}{noise[3:].hex()}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

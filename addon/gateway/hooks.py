@@ -10,21 +10,23 @@ is refused.
 
 import asyncio
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate
 
-from mitmproxy import connection, ctx, http
+from mitmproxy import connection, ctx, http, tls
 from mitmproxy.addonmanager import Loader
 from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 
-from gateway import headers, layers, startup
+from gateway import headers, layers, startup, stream, upstream_tls
 from gateway.answers import relay_for
-from gateway.exchange import Exchange, Row, utc_now, uuid7
+from gateway.exchange import Exchange
 from gateway.lifecycle import Lifecycle
+from gateway.records import Row, utc_now, uuid7
 from gateway.relay import Relay
 from gateway.replies import Refusal, Reply
 from gateway.service import Service
@@ -33,25 +35,46 @@ from gateway.tally import Tally
 log = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
-# The same server is tried again only over a fresh connection; each other server of the model once.
-MAX_ATTEMPTS = 4
 OWN_ANSWER_WAITS_S = 1.0
 
 
-def _gate[**P](hook: Callable[Concatenate["Gateway", http.HTTPFlow, P], None]) -> Callable[..., None]:
+def _gate[**P](hook: Callable[Concatenate["Gateway", http.HTTPFlow, P], Any]) -> Callable[..., Any]:
     """A bug on the way to a decision refuses the request: it has no destination until `_dispatch` has given it one."""
 
     @functools.wraps(hook)
     def gated(self: "Gateway", flow: http.HTTPFlow, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             hook(self, flow, *args, **kwargs)
-        except Refusal as refusal:
-            self._refuse(flow, refusal)
-        except Exception:
-            log.exception("a fault in %s: the request is refused", hook.__name__)
-            self._refuse(flow, Refusal(500, "internal_error", "The gateway failed. The request was not sent."))
+        except Exception as error:
+            self._refuse(flow, _refusal(error, hook.__name__))
 
-    return gated
+    @functools.wraps(hook)
+    async def awaited(self: "Gateway", flow: http.HTTPFlow, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            await hook(self, flow, *args, **kwargs)
+        except Exception as error:
+            self._refuse(flow, _refusal(error, hook.__name__))
+
+    return awaited if inspect.iscoroutinefunction(hook) else gated
+
+
+def _refusal(error: Exception, where: str) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    log.error("a fault in %s: the request is refused", where, exc_info=error)
+    return Refusal(500, "internal_error", "The gateway failed. The request was not sent.")
+
+
+def _free_server(service: Service, exchange: Exchange, outcome: str) -> None:
+    """Give back what was claimed, and learn from an answer that ended well. A fault in either costs no row."""
+    steps = [exchange.release, exchange.release]  # the second does nothing, unless the first has failed
+    if outcome == "ok":
+        steps.append(functools.partial(service.attempts.learn, exchange))
+    for step in steps:
+        try:
+            step()
+        except Exception:
+            log.exception("a fault as a request's server is freed")
 
 
 class Gateway:
@@ -90,6 +113,9 @@ class Gateway:
     def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         if not self.life.service or not self.life.service.is_server(data.server.address):
             data.server.error = "no server of this gateway"
+
+    def tls_start_server(self, data: tls.TlsData) -> None:
+        upstream_tls.start(data, self.life.service.router.servers if self.life.service else ())
 
     def server_disconnected(self, data: server_hooks.ServerConnectionHookData) -> None:
         self.connections.server_disconnected(data)
@@ -131,21 +157,16 @@ class Gateway:
             close_client="close" in request.headers.get("connection", "").lower(),
             http10=request.http_version == "HTTP/1.0",
         )
-        layers.open_exchange(flow, exchange)
+        stream.open_exchange(flow, exchange)
         self.life.live[flow.id] = flow
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > exchange.max_body_bytes:
             raise service.too_large()
 
+    @_gate
     async def request(self, flow: http.HTTPFlow) -> None:
         """What is wanted, and where does it go?"""
-        if self.life.service and not flow.response:
-            await self.life.service.discovery.asked_once()
-        self._route(flow)
-
-    @_gate
-    def _route(self, flow: http.HTTPFlow) -> None:
-        exchange = layers.exchange_of(flow)
+        exchange = stream.exchange_of(flow)
         self.connections.request_ends(flow)
         if flow.response:
             return
@@ -159,17 +180,17 @@ class Gateway:
             raise service.too_large()
         content_type = flow.request.headers.get("content-type", "")
         exchange.asked = service.read(exchange.endpoint, exchange.body, content_type)
+        await service.prober.asked_once()
         if local := service.answer(flow.request.method, exchange):
             self._reply(flow, local)
             return
-        service.choose(exchange)
-        exchange.is_open = True
-        service.ledger.open(exchange.row("open"))
-        self._dispatch(flow, exchange)
+        service.allow(exchange)
+        if await service.attempts.find(exchange):
+            self._dispatch(flow, exchange)
 
     def _dispatch(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
         """Give the request its destination: the only place that does."""
-        server = exchange.server
+        service, server = self._ready_service(), exchange.server
         assert server
         request = flow.request
         body = exchange.body_for(server, request.headers.get("content-type", ""))
@@ -183,44 +204,26 @@ class Gateway:
         request.http_version = "HTTP/1.1" if exchange.http10 else request.http_version
         request.path = server.path_prefix + exchange.path
         request.data.scheme, request.data.host, request.data.port = server.scheme.encode(), server.host, server.port
-        exchange.attempts += 1
-        exchange.sent = time.monotonic()
-        exchange.failure = None
+        exchange.begin_attempt()
+        exchange.is_open = True
+        service.ledger.open(exchange.row("open"))
 
     @_gate
-    def upstream_failed(self, flow: http.HTTPFlow) -> None:
-        """No byte of an answer came: once more, on the same server or another one, or a refusal."""
-        exchange, service = layers.exchange_of(flow), self._ready_service()
-        assert exchange and exchange.server
-        server = exchange.server
-        log.info("server %s: %s (attempt %d)", server.name, exchange.failure, exchange.attempts)
-        exchange.outcome = "unreachable"
-        if exchange.timed_out:
-            raise Refusal(
-                504,
-                "upstream_timeout",
-                f"The server sent nothing within {service.config.first_byte_timeout_s:g} seconds.",
-            )
-        if exchange.connection_refused:
-            if server.up is not False:
-                log.warning("server %s does not answer: %s", server.name, exchange.failure)
-            server.up = False
-            service.discovery.ask_soon(server)
-        gave_nothing = Refusal(502, "upstream_unreachable", f"The server can't be reached: {exchange.failure}.")
-        if not exchange.may_send_again or exchange.attempts >= MAX_ATTEMPTS:
-            raise gave_nothing
-        # A connection that was used before may just have been closed as idle: its server is fine.
-        if not exchange.connection_was_used or exchange.connection_refused:
-            exchange.tried.append(server)
+    async def upstream_failed(self, flow: http.HTTPFlow) -> None:
+        """Nothing of an answer has reached the client: once more, on the same server or another one, or a refusal."""
+        exchange, service = stream.exchange_of(flow), self._ready_service()
+        assert exchange
         try:
-            service.pick_again(exchange)
-        except Refusal:
-            raise gave_nothing from None
-        exchange.outcome = None
-        self._dispatch(flow, exchange)
+            if await service.attempts.find_again(exchange):
+                self._dispatch(flow, exchange)
+        except Refusal as refusal:
+            if exchange.has_answer and refusal.status != 500:  # the stream goes on with what there is
+                return
+            exchange.outcome = "unreachable"
+            raise
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
-        exchange, response = layers.exchange_of(flow), flow.response
+        exchange, response = stream.exchange_of(flow), flow.response
         assert response
         try:
             self._begin_answer(flow, exchange, response)
@@ -237,7 +240,7 @@ class Gateway:
             return
         exchange.status = response.status_code
         response.headers.fields = tuple(headers.to_client(response.headers.fields))
-        response.headers["x-request-id"] = exchange.id
+        self._label(response, exchange)
         relay = relay_for(exchange, response.headers)
         if relay.changes_length:
             response.headers.pop("content-length", None)
@@ -247,17 +250,29 @@ class Gateway:
         if exchange.http10 or exchange.close_client or self.life.draining:
             response.headers["connection"] = "close"
         response.stream = exchange.relay = relay
+        self._ready_service().attempts.began(exchange)
+
+    def answer_continues(self, flow: http.HTTPFlow) -> None:
+        """Another server goes on where no event had come yet: what was passed on so far were comments."""
+        exchange = stream.exchange_of(flow)
+        assert exchange and flow.response and exchange.relay
+        try:
+            relay = relay_for(exchange, exchange.next_head)
+            relay.response_bytes = exchange.relay.response_bytes
+            flow.response.stream = exchange.relay = relay
+        except Exception:
+            log.exception("a fault as an answer goes on: it goes on unmetered")
 
     async def answer_ends(self, flow: http.HTTPFlow) -> None:
         """The server's answer is complete, the client has not seen its end."""
-        exchange = layers.exchange_of(flow)
+        exchange = stream.exchange_of(flow)
         if exchange:
             await self._settle(flow, exchange, exchange.final_outcome())
 
     async def response(self, flow: http.HTTPFlow) -> None:
         """Everything that has an answer comes by here, refusals and answers without a body too."""
         self.connections.flow_ends(flow)
-        exchange = layers.exchange_of(flow)
+        exchange = stream.exchange_of(flow)
         if exchange is None or exchange.settled:
             return
         assert flow.response
@@ -274,13 +289,18 @@ class Gateway:
     async def error(self, flow: http.HTTPFlow) -> None:
         """The client left, the server broke off, or we cut it: `response` will not come."""
         self.connections.flow_ends(flow)
-        exchange = layers.exchange_of(flow)
+        exchange = stream.exchange_of(flow)
         if exchange is None or exchange.settled:
             return
         if exchange.cut_by is None and flow.error and flow.error.msg != flow.error.KILLED_MESSAGE:
             exchange.cut_by = "client"  # it left while a hook was awaited; a server's end is noted when it comes
-        if exchange.relay:
-            exchange.relay.close()
+        try:
+            if exchange.cut_by == "server" and self.life.service:
+                self.life.service.attempts.broke_off(exchange)
+            if exchange.relay:
+                exchange.relay.close()
+        except Exception:
+            log.exception("a fault at the end of what was cut: its row comes all the same")
         await self._settle(flow, exchange, exchange.cut_outcome())
 
     async def _settle(self, flow: http.HTTPFlow, exchange: Exchange, outcome: str) -> None:
@@ -289,9 +309,13 @@ class Gateway:
             return
         exchange.settling = True
         try:
-            exchange.release()
             service = self._ready_service()
+            _free_server(service, exchange, outcome)
             committed = service.ledger.settle(self._final_row(exchange, outcome))
+        except Exception:
+            exchange.settling = False  # it is tried again: by `error`, or by the sweep
+            raise
+        try:
             if exchange.outcome is None:
                 await committed
             elif service.ledger.healthy:
@@ -311,27 +335,36 @@ class Gateway:
             return exchange.row(outcome, time.monotonic())
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
-        exchange = layers.exchange_of(flow)
+        exchange = stream.exchange_of(flow)
         if exchange:
             exchange.outcome = exchange.outcome or "refused"
             exchange.error_code = refusal.code
-        layers.set_response(flow, refusal)
-        self._label(flow, exchange)
+        stream.set_response(flow, refusal)
+        self._finish_reply(flow, exchange)
 
     def _reply(self, flow: http.HTTPFlow, reply: Reply) -> None:
-        exchange = layers.exchange_of(flow)
+        exchange = stream.exchange_of(flow)
         if exchange:
             exchange.outcome = "ok"
         body = b"" if flow.request.method == "HEAD" else reply.body
         flow.response = http.Response.make(reply.status, body, reply.headers)
-        self._label(flow, exchange)
+        self._finish_reply(flow, exchange)
 
-    def _label(self, flow: http.HTTPFlow, exchange: Exchange | None) -> None:
+    def _finish_reply(self, flow: http.HTTPFlow, exchange: Exchange | None) -> None:
         assert flow.response
         if exchange:
-            flow.response.headers["x-request-id"] = exchange.id
-        if self.life.draining or (exchange and exchange.close_client):
+            self._label(flow.response, exchange)
+        if self.life.draining or (exchange and (exchange.close_client or exchange.http10)):
             flow.response.headers["connection"] = "close"
+
+    def _label(self, response: http.Response, exchange: Exchange) -> None:
+        """Say in an answer's head which request it was, who answered, and why that server."""
+        response.headers["x-request-id"] = exchange.id
+        if exchange.server:
+            response.headers["x-llmproxy-server"] = exchange.server.name
+            response.headers["x-llmproxy-route"] = exchange.route or ""
+        if exchange.fallback_from:
+            response.headers["x-llmproxy-fallback"] = exchange.fallback_from
 
     def _ready_service(self) -> Service:
         if self.life.service is None:

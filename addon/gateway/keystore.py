@@ -26,6 +26,12 @@ from gateway.patterns import Pattern
 # A change of a key takes milliseconds; somebody who runs many at once waits for each.
 BUSY_TIMEOUT_S = 5.0
 
+# What a key's requests are when they wait for a server: a class of a lower number goes first.
+PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+
+# A thousand to one starves the others, or oneself, for every use but a mistake.
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
+
 migrations = Migrations("llmproxy-keys")
 
 
@@ -38,7 +44,10 @@ class KeysUnavailable(Exception):
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A key as it is kept: times are UTC ISO 8601, `models` are patterns (empty: all)."""
+    """A key as it is kept: times are UTC ISO 8601, `models` are patterns (empty: all).
+
+    `weight`: its share among the waiting keys of its class, relative to theirs. `priority`: a name of PRIORITIES.
+    """
 
     id: int
     name: str
@@ -47,6 +56,8 @@ class Key(msgspec.Struct, frozen=True):
     disabled: bool
     expires_at: str | None
     models: tuple[str, ...]
+    weight: float = 1
+    priority: str = "normal"
 
     def state(self, now: str) -> str:
         if self.disabled:
@@ -68,6 +79,12 @@ def m001_keys(db: Database) -> None:
         "expires_at text, "
         "models text not null default '[]')"
     )
+
+
+@migrations()
+def m002_fair_queue(db: Database) -> None:
+    db.execute("alter table keys add column weight real not null default 1")
+    db.execute("alter table keys add column priority text not null default 'normal'")
 
 
 def hash_key(key: str) -> str:
@@ -111,7 +128,15 @@ class KeyStore:
     def close(self) -> None:
         self._db.close()
 
-    def create(self, name: str, *, models: tuple[str, ...] = (), expires_at: str | None = None) -> tuple[Key, str]:
+    def create(
+        self,
+        name: str,
+        *,
+        models: tuple[str, ...] = (),
+        expires_at: str | None = None,
+        weight: float = 1,
+        priority: str = "normal",
+    ) -> tuple[Key, str]:
         """Returns the record and the key itself, which is nowhere kept. Raises KeyProblem."""
         if not name.strip() or len(name) > 200 or not name.isprintable():
             raise KeyProblem(f"{name!r} is no name for a key: expected 1 to 200 printable characters")
@@ -120,6 +145,7 @@ class KeyStore:
                 Pattern(model)
             except ValueError as error:
                 raise KeyProblem(f"--model: {error}") from None
+        _check_limits(weight, priority)
         key = _new_key()
         row = {
             "name": name,
@@ -127,6 +153,8 @@ class KeyStore:
             "created_at": iso(datetime.now(UTC)),
             "expires_at": expires_at,
             "models": msgspec.json.encode(models).decode(),
+            "weight": weight,
+            "priority": priority,
         }
         try:
             with transaction(self._db):
@@ -154,6 +182,17 @@ class KeyStore:
 
     def set_disabled(self, name: str, disabled: bool) -> Key:
         self._update(name, {"disabled": int(disabled)})
+        return self.get(name)
+
+    def set_limits(self, name: str, *, weight: float | None = None, priority: str | None = None) -> Key:
+        """Change what is given, one or both. Raises KeyProblem."""
+        given = {"weight": weight, "priority": priority}
+        changes = {column: value for column, value in given.items() if value is not None}
+        if not changes:
+            raise KeyProblem(f"nothing to change: give --weight W, --priority {'|'.join(PRIORITIES)}, or both")
+        key = self.get(name)
+        _check_limits(changes.get("weight", key.weight), changes.get("priority", key.priority))
+        self._update(name, changes)
         return self.get(name)
 
     def revoke(self, name: str) -> Key:
@@ -188,7 +227,7 @@ class KeyReader:
         """The record of a key. Raises KeysUnavailable."""
         try:
             self._refresh()
-        except (OSError, sqlite3.Error, msgspec.DecodeError) as error:
+        except (OSError, sqlite3.Error, msgspec.DecodeError, KeyProblem) as error:
             self._seen = None
             raise KeysUnavailable(str(error)) from error
         return self._keys.get(hash_key(key))
@@ -222,7 +261,16 @@ def _secret_columns(key: str) -> dict[str, str]:
     return {"hash": hash_key(key), "hint": f"{key[:7]}…{key[-4:]}"}
 
 
+def _check_limits(weight: object, priority: object) -> None:
+    # Not a number is not above 0 either.
+    if not isinstance(weight, int | float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise KeyProblem(f"--weight: expected a number from {MIN_WEIGHT} to {MAX_WEIGHT}, got {weight!r}")
+    if priority not in PRIORITIES:
+        raise KeyProblem(f"--priority: expected one of {', '.join(PRIORITIES)}, got {priority!r}")
+
+
 def _record(row: dict[str, Any]) -> Key:
+    _check_limits(row["weight"], row["priority"])
     return Key(
         id=row["id"],
         name=row["name"],
@@ -231,4 +279,6 @@ def _record(row: dict[str, Any]) -> Key:
         disabled=bool(row["disabled"]),
         expires_at=row["expires_at"],
         models=tuple(msgspec.json.decode(row["models"], type=list[str])),
+        weight=row["weight"],
+        priority=row["priority"],
     )

@@ -20,7 +20,7 @@ import msgspec
 
 from gateway import schema
 from gateway.database import Identity, identity, open_database, transaction
-from gateway.exchange import Row, uuid7
+from gateway.records import Row, ServerEvent, uuid7
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ LAST_ATTEMPTS = 5
 
 _COLUMNS = Row.__struct_fields__
 _INSERT = f"insert into requests ({', '.join(_COLUMNS)}) values ({', '.join(':' + name for name in _COLUMNS)})"
+_EVENT_COLUMNS = ServerEvent.__struct_fields__
+_EVENT_VALUES = ", ".join(":" + name for name in _EVENT_COLUMNS)
+_WRITE_EVENT = f"insert into server_events ({', '.join(_EVENT_COLUMNS)}) values ({_EVENT_VALUES})"
 # What is known at admission does not change any more, and is not written again: indexes stand on it.
 _KNOWN_AT_ADMISSION = {"id", "started_at", "key_id", "key_name", "endpoint", "worker", "client_request_id"}
 _WRITE = (
@@ -76,6 +79,11 @@ class Ledger:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._put(_Write(row, future))
         return future
+
+    def note(self, event: ServerEvent) -> None:
+        """Queue a server's event. Nobody waits for it; after `close` it is only in the log."""
+        if not self._closing:
+            self._put(_Write(event))
 
     def close(self, *, keep_lock: bool = False) -> None:
         """Write what waits and stop. Rows that can't be written within a few retries are logged: they are lost.
@@ -155,14 +163,17 @@ class Ledger:
         return []
 
     def _commit(self, batch: "list[_Write]") -> None:
-        last = {write.row.id: write for write in batch if not write.future}
-        final = [write for write in batch if write.future]
-        for write in final:
-            last.pop(write.row.id, None)
+        events = [write.row for write in batch if isinstance(write.row, ServerEvent)]
+        final = [write.row for write in batch if isinstance(write.row, Row) and write.future]
+        last = {write.row.id: write.row for write in batch if isinstance(write.row, Row)}
+        for row in final:
+            last.pop(row.id, None)
         with transaction(self._db):
-            for write in last.values():
-                self._db.conn.execute(_WRITE, _storable(write.row))
-            settled = sum(self._settle(write.row) for write in final)
+            for row in last.values():
+                self._db.conn.execute(_WRITE, _storable(row))
+            for event in events:
+                self._db.conn.execute(_WRITE_EVENT, _storable(event))
+            settled = sum(self._settle(row) for row in final)
         self.rows_settled += settled
 
     def _settle(self, row: Row) -> bool:
@@ -203,9 +214,9 @@ class Ledger:
 
 
 class _Write(msgspec.Struct, frozen=True):
-    """A row to be written; `future`, of a final row, is done when it is."""
+    """A row to be written; `future`, of a request's final row, is done when it is."""
 
-    row: Row
+    row: Row | ServerEvent
     future: "asyncio.Future[None] | None" = None
 
 
@@ -216,7 +227,7 @@ def _is_trouble_with_the_file(error: Exception) -> bool:
     )
 
 
-def _storable(row: Row) -> dict[str, Any]:
+def _storable(row: Row | ServerEvent) -> dict[str, Any]:
     """A row as SQLite takes it. Clients may send bytes that are no text; they become question marks."""
     values = msgspec.structs.asdict(row)
     for name, value in values.items():

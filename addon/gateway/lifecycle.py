@@ -9,7 +9,7 @@ from typing import Any
 
 from mitmproxy import ctx, http
 
-from gateway import config, layers, startup
+from gateway import config, startup, stream, upstream_tls
 from gateway.connections import Connections
 from gateway.service import Service
 
@@ -38,7 +38,9 @@ class Lifecycle:
         if self.service is not None:
             return
         try:
-            self.service = Service(config.load(path))
+            loaded = config.load(path)
+            upstream_tls.check(loaded.servers)
+            self.service = Service(loaded)
         except (config.ConfigError, OSError) as error:
             log.error("%s", error)
         else:
@@ -50,7 +52,7 @@ class Lifecycle:
         startup.survive_hangup()
         startup.trim_addons()
         startup.listen(self.service.config)
-        self.service.discovery.start()
+        self.service.prober.start()
         self.connections.start()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
@@ -79,44 +81,59 @@ class Lifecycle:
         while self.live and time.monotonic() < deadline and not stop_now.is_set():
             await asyncio.sleep(DRAIN_POLL_S)
         for flow in list(self.live.values()):
-            exchange = layers.exchange_of(flow)
-            if exchange and not exchange.settling:
-                exchange.settling = True
-                exchange.release()
-                if exchange.relay:
-                    exchange.relay.close()
-                exchange.error_code = exchange.error_code or "shutdown"
-                service.ledger.settle(exchange.row("interrupted", time.monotonic()))
+            _interrupt(service, flow, "shutdown")
             if flow.killable:
                 flow.kill()
         await asyncio.sleep(FLUSH_S)
         self._close()
 
     async def _sweep(self) -> None:
-        """Requests whose server has not said a byte in time: their connection is closed, `upstream_failed` follows."""
+        """Requests whose server is silent for too long: their connection is closed, `upstream_failed` follows."""
         while self.service:
             await asyncio.sleep(SWEEP_S)
             try:
-                self._close_overdue(self.service.config.first_byte_timeout_s)
+                self._close_overdue(self.service)
                 self._open_rows(self.service)
+                self._interrupt_left_behind(self.service)
             except Exception:
                 log.exception("the sweep failed; it goes on")
 
     def _open_rows(self, service: Service) -> None:
-        """Requests get their open row when they go to a server; those whose body takes long get it here."""
+        """Requests get their open row when they go to a server; those that take long before that get it here."""
         for flow in list(self.live.values()):
-            exchange = layers.exchange_of(flow)
+            exchange = stream.exchange_of(flow)
             if exchange and not exchange.is_open and not exchange.settling:
                 exchange.is_open = True
                 service.ledger.open(exchange.row("open"))
 
-    def _close_overdue(self, first_byte_timeout_s: float) -> None:
+    def _interrupt_left_behind(self, service: Service) -> None:
+        """Flows that have ended with a hook that failed: nobody else frees their server and settles their row."""
+        for flow in [flow for flow in self.live.values() if not flow.live]:
+            _interrupt(service, flow, "internal_error")
+            self.live.pop(flow.id)
+
+    def _close_overdue(self, service: Service) -> None:
+        now, connect_s = time.monotonic(), min(CONNECT_TIMEOUT_S, service.config.first_byte_timeout_s)
         for flow in list(self.live.values()):
-            exchange = layers.exchange_of(flow)
-            if not exchange or exchange.sent is None or flow.response is not None:
+            exchange = stream.exchange_of(flow)
+            if not exchange or exchange.sent is None or exchange.failure or exchange.settling or exchange.outcome:
                 continue
-            if time.monotonic() - exchange.sent > first_byte_timeout_s:
+            if service.attempts.is_overdue(exchange, now):
                 exchange.timed_out = True
                 self.connections.close_server(flow)
-            limit = min(CONNECT_TIMEOUT_S, first_byte_timeout_s)
-            self.connections.stop_connecting(flow, longer_than_s=limit)
+            if not exchange.is_answering:
+                self.connections.stop_connecting(flow, longer_than_s=connect_s)
+
+
+def _interrupt(service: Service, flow: http.HTTPFlow, error_code: str) -> None:
+    """Free the server of a request that does not end by itself, and settle its row."""
+    exchange = stream.exchange_of(flow)
+    if exchange is None or exchange.settling:
+        return
+    exchange.release()
+    exchange.client_left()
+    if exchange.relay:
+        exchange.relay.close()
+    exchange.error_code = exchange.error_code or error_code
+    service.ledger.settle(exchange.row(exchange.outcome or "interrupted", time.monotonic()))
+    exchange.settling = True

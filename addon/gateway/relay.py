@@ -123,6 +123,7 @@ class Relay:
         self.is_stream = is_stream
         self.response_bytes = 0
         self.first_event_at: float | None = None
+        self.is_within_line = False  # of a comment, before the first event
         self._meter = meter
         self._clock = clock
         self._left = content_length
@@ -152,8 +153,10 @@ class Relay:
         if self._left is not None:
             self._left -= len(data)
         try:
-            if self.first_event_at is None and self._event_start.is_in(data):
-                self.first_event_at = self._clock()
+            if self.first_event_at is None:
+                self.is_within_line = not data.endswith((b"\n", b"\r"))
+                if self._event_start.is_in(data):
+                    self.first_event_at = self._clock()
             if self._meter:
                 data = self._meter.feed(data)
         except Exception:

@@ -66,6 +66,23 @@ def refuse(refusal: Refusal, endpoint: str) -> Reply:
     return Reply(status, msgspec.json.encode(envelope), {"content-type": "application/json", **refusal.headers})
 
 
+def stream_error(endpoint: str, code: str, message: str) -> bytes:
+    """An event that tells a stream's client of an error, in the dialect of `endpoint`. It may come in the midst of an
+    event: the empty lines before it end that one, and mean nothing elsewhere.
+    """
+    name = b"event: error\n"
+    said: dict[str, object]
+    if endpoint == "/v1/messages":
+        said = {"type": "error", "error": {"type": "api_error", "message": message, "code": code}}
+    elif endpoint in ("/v1/responses", "/responses"):
+        # https://platform.openai.com/docs/api-reference/responses-streaming/error
+        said = {"type": "error", "code": code, "message": message, "param": None}
+    else:
+        name = b""
+        said = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
+    return b"\n\n" + name + b"data: " + msgspec.json.encode(said) + b"\n\n"
+
+
 def answer(status: int, body: object, headers: Mapping[str, str] | None = None) -> Reply:
     """A JSON response of our own."""
     return Reply(status, msgspec.json.encode(body), {"content-type": "application/json", **(headers or {})})

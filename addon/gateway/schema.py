@@ -109,6 +109,21 @@ def m004_running(db: Database) -> None:
     )
 
 
+@usage()
+def m005_servers(db: Database) -> None:
+    """Why a server was chosen, and what happened to servers: one row for each change that a worker saw."""
+    db.execute("alter table requests add column route text")
+    db.execute("alter table requests add column fallback_from text")
+    db.table("server_events").create(
+        {"id": int, "at": str, "server": str, "state": str, "previous": str, "reason": str, "worker": str},
+        pk="id",
+        not_null={"at", "server", "state", "previous", "worker"},
+    )
+    db.execute("create index server_events_at on server_events (at)")
+    db.execute("create index server_events_server on server_events (server, id)")
+    db.execute("create index server_events_worker on server_events (worker, server)")
+
+
 def rollup_statements() -> list[str]:
     """SQL, bound to one settled row of `requests` by name, that adds it to every roll-up."""
     keys = (

@@ -1,19 +1,29 @@
 """What a config makes: keys, router, ledger, and the decisions that need several of them. Knows no mitmproxy."""
 
+import functools
+import logging
+import time
 from collections import Counter
 from typing import Any
+from urllib.parse import unquote
 
 from gateway import endpoints, wire
+from gateway.attempts import Attempts
 from gateway.auth import Authenticator
+from gateway.balancer import Balancer
 from gateway.config import Config
-from gateway.discovery import Discovery
-from gateway.exchange import Exchange, utc_now
+from gateway.discovery import Prober
+from gateway.exchange import Exchange
 from gateway.keystore import KeyReader
 from gateway.ledger import Ledger
+from gateway.records import ServerEvent, utc_now
 from gateway.replies import Refusal, Reply, answer
 from gateway.routing import Router
+from gateway.servers import Server
 from gateway.usage import FORMATS
 from gateway.wire import Asked
+
+log = logging.getLogger(__name__)
 
 
 class Service:
@@ -23,16 +33,20 @@ class Service:
         self.config = config
         self.max_body_bytes = int(config.max_body_mb * 1_000_000)
         self.router = Router(config)
-        self.discovery = Discovery(self.router)
+        self.balancer = Balancer(config, self.router, time.monotonic)
+        self.prober = Prober(self.router.servers, config.health, self.router.learn, self.balancer.changed)
+        self.attempts = Attempts(config, self.balancer, self.prober)
         self.ledger = Ledger(config.data / "usage.db")
         self._keys = KeyReader(config.data / "keys.db")
         self.authenticator = Authenticator(self._keys, utc_now)
         self._outcomes: Counter[str] = Counter()
         self._addresses = {(server.host, server.port) for server in self.router.servers}
+        for server in self.router.servers:
+            server.health.on_change = functools.partial(self._server_changed, server)
 
     def close(self, *, still_running: bool = False) -> None:
         """`still_running`: requests of this process go on, and another service settles them."""
-        self.discovery.stop()
+        self.prober.stop()
         self.ledger.close(keep_lock=still_running)
         self._keys.close()
 
@@ -74,12 +88,9 @@ class Service:
         """Answers of our own to a caller. None: the request goes to a server. Raises Refusal."""
         path = exchange.endpoint
         if path in ("/v1/models", "/models") and method in ("GET", "HEAD"):
-            models = [
-                {"id": name, "object": "model", "created": 0, "owned_by": "llmproxy"}
-                for name, model in self.router.visible()
-                if exchange.caller.may_use(name, model)
-            ]
-            return answer(200, {"object": "list", "data": models})
+            return answer(200, {"object": "list", "data": [_described(name) for name in self._models_for(exchange)]})
+        if path.startswith("/v1/models/") and method in ("GET", "HEAD"):
+            return self._model(exchange, unquote(path.removeprefix("/v1/models/")))
         if endpoints.is_reserved(path):
             raise Refusal(404, "not_found", f"There is nothing at {path[:200]}.")
         if endpoints.is_private(path):
@@ -88,35 +99,46 @@ class Service:
             )
         return None
 
-    def choose(self, exchange: Exchange) -> None:
-        """Model, permission, server: claims the server. Raises Refusal."""
+    def _models_for(self, exchange: Exchange) -> list[str]:
+        return [name for name, model in self.router.visible() if exchange.caller.may_use(name, model)]
+
+    def _model(self, exchange: Exchange, name: str) -> Reply:
+        if name not in self._models_for(exchange):
+            raise Refusal(404, "model_not_found", f"There is no model {name[:200]!r} for this API key.", param="model")
+        return answer(200, _described(name))
+
+    def allow(self, exchange: Exchange) -> None:
+        """Model and permission: what is wanted is known from here on. Raises Refusal."""
         asked = exchange.asked.model
         model = self.router.resolve(asked)
         names = [name for name in (asked, model) if name is not None]
-        if not exchange.caller.may_use(*names):
+        caller = exchange.caller
+        if not caller.may_use(*names):
             wanted = repr(names[0][:200]) if names else "a server without naming a model"
             raise Refusal(403, "model_not_allowed", f"This API key may not use {wanted}.", param="model")
         if not self.ledger.healthy:
             raise self.unbooked()
         exchange.served_model = model
         exchange.fill_in_model = asked is None and self.config.default_model is not None
-        if exchange.caller.models and exchange.body and asked is None and exchange.asked.kind != "json":
+        if caller.models and exchange.body and asked is None and exchange.asked.kind != "json":
             # We can't see which model it names, and the server might.
             raise Refusal(403, "model_not_allowed", "This API key may only send bodies that name their model.")
-        exchange.claim = self.router.pick(model)
+        self.attempts.begin(exchange)
 
-    def pick_again(self, exchange: Exchange) -> None:
-        """Another claim after a failed attempt, on a server that was not tried. Raises Refusal (503)."""
-        exchange.release()
-        exchange.claim = self.router.pick(exchange.served_model, exchange.tried)
+    def _server_changed(self, server: Server, before: str, now: str, why: str | None) -> None:
+        told = log.info if before == "unknown" and now == "up" else log.warning
+        told("server %s is %s%s", server.name, now, f" ({why})" if why else "")
+        event = ServerEvent(utc_now(), server.name, now, before, why, self.ledger.worker)
+        self.ledger.note(event)
 
     def _health(self, draining: bool) -> Reply:
         problem = "draining" if draining else None if self.ledger.healthy else "rows can't be written"
-        servers = self.router.servers
+        states = {server.name: server.health.state for server in self.router.servers}
         body = {
             "status": problem or "ok",
-            "servers": {"total": len(servers), "up": sum(server.up is True for server in servers)},
-            "running": sum(server.running for server in servers),
+            "servers": {"total": len(states), "up": [*states.values()].count("up"), "states": states},
+            "running": sum(server.running for server in self.router.servers),
+            "waiting": self.balancer.waiting,
         }
         return answer(503 if problem else 200, body)
 
@@ -131,12 +153,18 @@ class Service:
         ]
         lines.append("# TYPE llmproxy_server_up gauge")
         lines += [
-            f"llmproxy_server_up{{server={_label(server.name)}}} {int(server.up is True)}"
+            f"llmproxy_server_up{{server={_label(server.name)}}} {int(server.health.state == 'up')}"
             for server in self.router.servers
         ]
+        lines.append("# TYPE llmproxy_waiting gauge")
+        lines.append(f"llmproxy_waiting {self.balancer.waiting}")
         lines.append("# TYPE llmproxy_ledger_healthy gauge")
         lines.append(f"llmproxy_ledger_healthy {int(self.ledger.healthy)}")
         return "\n".join(lines) + "\n"
+
+
+def _described(model: str) -> dict[str, object]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": "llmproxy"}
 
 
 def _label(value: str) -> str:

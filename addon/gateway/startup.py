@@ -62,6 +62,7 @@ def prepare() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard > soft else (soft, hard))
     # A line per connection says nothing that a row does not.
     logging.getLogger("mitmproxy.proxy.server").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # nor does one per probe
     if ctx.options.mode == ["regular"]:
         logging.getLogger("mitmproxy.addons.proxyserver").addFilter(_is_not_about_default_mode)
 
@@ -77,10 +78,15 @@ def _is_not_about_default_mode(record: logging.LogRecord) -> bool:
 
 def set_options(config: Config) -> None:
     """Options that a gateway depends on, whatever the command line says."""
+    # mitmproxy lets every logger make its records, and drops most of them later. Its console has no such option.
+    if "termlog_verbosity" in ctx.options:
+        logging.getLogger("gateway").setLevel(logging.getLevelName(ctx.options.termlog_verbosity.upper()))
     ctx.options.update(
         connection_strategy="lazy",  # connect when a request has a destination, not when a client connects
         keep_host_header=False,
         validate_inbound_headers=True,
+        # servers[].verify_tls decides, for each server. This holds should upstream_tls itself fail.
+        ssl_insecure=False,
         rawtcp=False,
         websocket=False,
         block_global=False,

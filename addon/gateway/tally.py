@@ -12,7 +12,7 @@ import msgspec
 
 # SQLite's integers and every client's JSON numbers hold this; a larger "count" is no count.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Millis = Annotated[float, msgspec.Meta(ge=0)]
+Millis = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
 
 
 class Tokens(msgspec.Struct):
