@@ -110,7 +110,8 @@ class Attempts:
     async def _back_off(self, exchange: Exchange) -> None:
         routing, search = self._config.routing, exchange.search
         assert search
-        pause_s = min(routing.backoff_s * 2 ** (exchange.attempts - 1), routing.max_backoff_s)
+        doublings = min(exchange.attempts - 1, 30)  # a model may load for thousands of attempts
+        pause_s = min(routing.backoff_s * 2**doublings, routing.max_backoff_s)
         began = time.monotonic()
         await self._balancer.pause(search, pause_s * random.uniform(0.5, 1.5))
         exchange.waited_s += time.monotonic() - began
