@@ -20,6 +20,7 @@ from sqlite_utils import Database
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "addon"))
 
+from gateway.prices import Price
 from gateway.records import ServerEvent
 from gateway.schema import NONE, ROLLUP_SUMS, ROLLUPS, ttft_bucket, usage
 from outages import DAY_MS, WORKERS, Outage, events, invent, since
@@ -46,6 +47,7 @@ class Model:
     prefill_per_s: float  # prompt tokens a second
     decode_per_s: float  # completion tokens a second
     thinks: bool
+    price: Price
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Server:
 
 
 MODELS = (
-    Model("qwen3-8b", "fast", 0.46, 2_900.0, 92.0, False),
-    Model("qwen3-coder-30b", "qwen3-coder-30b", 0.30, 1_700.0, 64.0, False),
-    Model("gpt-oss-120b", "gpt-oss-120b", 0.16, 800.0, 31.0, True),
-    Model("bge-m3", "text-embedding-3-small", 0.08, 9_000.0, 0.0, False),
+    Model("qwen3-8b", "fast", 0.46, 2_900.0, 92.0, False, Price(0.1, 0.01, 0.4)),
+    Model("qwen3-coder-30b", "qwen3-coder-30b", 0.30, 1_700.0, 64.0, False, Price(0.2, 0.02, 0.8)),
+    Model("gpt-oss-120b", "gpt-oss-120b", 0.16, 800.0, 31.0, True, Price(0.5, 0.05, 2.0)),
+    Model("bge-m3", "text-embedding-3-small", 0.08, 9_000.0, 0.0, False, Price(0.02)),
 )
 EMBEDDING = 3
 SERVERS = (Server("gpu-1", 1.0, (0, 1, 3)), Server("gpu-2", 0.82, (0, 1)), Server("gpu-3", 1.15, (2,)))
@@ -88,11 +90,21 @@ COLUMNS = [
     "id", "started_at", "key_id", "key_name", "model", "served_model", "server", "endpoint", "stream", "status",
     "outcome", "error_code", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens",
     "tokens_source", "queue_ms", "ttft_ms", "duration_ms", "prompt_ms", "predicted_ms", "attempts", "request_bytes",
-    "response_bytes", "client_request_id", "worker", "route", "fallback_from"
+    "response_bytes", "client_request_id", "worker", "route", "fallback_from",
+    "team", "cost_micros", "currency"
 ]  # fmt: skip
 INSERT = f"insert into requests ({', '.join(COLUMNS)}) values ({', '.join('?' * len(COLUMNS))})"
 EVENT_COLUMNS = ServerEvent.__struct_fields__
 INSERT_EVENT = f"insert into server_events ({', '.join(EVENT_COLUMNS)}) values ({', '.join('?' * len(EVENT_COLUMNS))})"
+# As if keys had a budget of so many tokens a day.
+DAILY_BUDGET = 40_000
+BUDGET_EVENTS = f"""
+insert into limit_events (at, scope, per, unit, share, allowed, used, worker)
+select day || iif(share < 1, 'T14:02:11.000Z', 'T16:45:07.000Z'), 'key:' || key_id, 'day', 'tokens', share,
+  {DAILY_BUDGET}, cast({DAILY_BUDGET} * share as integer) + key_id, ?
+from usage_daily join (select 0.8 as share union all select 1.0)
+group by day, key_id, share having sum(prompt_tokens + completion_tokens) > {DAILY_BUDGET} * share order by 1
+"""
 WITHIN = "started_at >= ? and started_at < ?"
 
 
@@ -209,6 +221,12 @@ def day_columns(random: np.random.Generator, at_ms: NDArray[np.int64], outages: 
     def ms(values: Column, where: Column) -> list[Any]:
         return known(np.round(values, 3), where)
 
+    # A price per million tokens is one of micro-units per token.
+    prices = [MODELS[index].price for index in model.tolist()]
+    cached_price = np.array([each.prompt if each.cached is None else each.cached for each in prices])
+    prompt_cost = (prompt - cached) * np.array([each.prompt for each in prices]) + cached * cached_price
+    cost = np.where(finished, prompt_cost, 0) + completion * np.array([each.completion for each in prices])
+
     return {
         "id": [uuid7(t, a, b) for t, (a, b) in zip(at_ms.tolist(), tails.tolist(), strict=True)],
         "started_at": [f"{s}Z" for s in stamp.tolist()],
@@ -241,6 +259,9 @@ def day_columns(random: np.random.Generator, at_ms: NDArray[np.int64], outages: 
         "worker": random.choice(WORKERS, n).tolist(),
         "route": known(np.array(ROUTES)[places.route], sent),
         "fallback_from": known(np.array([m.name for m in MODELS])[places.model], places.fell_back & sent),
+        "team": np.where(agent, "agents", "people").tolist(),
+        "cost_micros": known(np.round(cost).astype(np.int64), met_server),
+        "currency": known(np.full(n, "EUR"), met_server),
     }
 
 
@@ -277,7 +298,11 @@ def open_rows(random: np.random.Generator, end: datetime, rows: int, outages: li
     """Requests that began within the last 40 seconds and are still running."""
     end_ms = int(end.timestamp() * 1000)
     columns = day_columns(random, np.sort(end_ms - random.integers(50, 40_000, rows)), outages)
-    unknown = set(COLUMNS[COLUMNS.index("status") : COLUMNS.index("attempts")]) | {"response_bytes"}
+    unknown = set(COLUMNS[COLUMNS.index("status") : COLUMNS.index("attempts")]) | {
+        "response_bytes",
+        "cost_micros",
+        "currency",
+    }
     for name in unknown - {"outcome"}:
         columns[name] = [None] * rows
     columns["outcome"] = ["open"] * rows
@@ -318,6 +343,7 @@ def generate(path: Path, rows: int, *, seed: int = 1, days: int = 90, end: datet
             db.conn.executemany(INSERT, zip(*(columns[name] for name in COLUMNS), strict=True))
         add_rollups(db, f"{day:%Y-%m-%d}", f"{day + timedelta(days=1):%Y-%m-%d}")
         db.conn.commit()
+    db.execute(BUDGET_EVENTS, (WORKERS[0],))
     columns = open_rows(random, end, running, outages)
     db.conn.executemany(INSERT, zip(*(columns[name] for name in COLUMNS), strict=True))
     db.conn.commit()

@@ -1,4 +1,5 @@
-"""The README's pictures: the real dashboard over invented requests, in Chromium, with the time that each page took.
+"""The README's pictures: the real dashboard over invented requests, in Chromium, with the time that each page took; and
+the pages of a running gateway.
 
 `serve` and `open_page` are what the dashboard's tests use too.
 """
@@ -18,12 +19,14 @@ from playwright.sync_api import Browser, BrowserContext, FloatRect, Page, sync_p
 
 from generate_rows import generate
 from stack import DATASETTE_ARGS
+from stage import stage
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0
 DRAW_MS = 30_000
 WIDTH, HEIGHT = 1280, 900
 GAP = 8  # between cards
+SIZES = {"": (WIDTH, HEIGHT), "-phone": (390, 844)}
 
 # Picture -> the page, taken from top to bottom, or down to the end of a card.
 PAGES = {
@@ -33,6 +36,7 @@ PAGES = {
     "requests": "/usage/requests?_size=10",
     "one-user": "/usage/requests?key_name=alice&_facet=served_model&_facet=server&_size=10",
     "bill": "/usage/bill",
+    "costs": "/-/dashboards/costs?period=30+days",
 }
 
 DOWN_TO = {"servers": "#card-routes"}
@@ -88,6 +92,27 @@ def take(browser: Browser, url: str, picture: Path, runs: int) -> list[float]:
     return seconds
 
 
+def take_pages(browser: Browser, folder: Path, rows: int, out: Path) -> None:
+    """/usage and /admin/, signed in, on a desk and on a phone."""
+    with stage(folder, rows) as on:
+        for name, path, key, seen in (
+            ("usage", "/usage", on.key, "#limit-list li"),
+            ("admin", "/admin/", on.admin_key, "#running tbody tr"),
+        ):
+            for suffix, (width, height) in SIZES.items():
+                page = browser.new_page(viewport={"width": width, "height": height})
+                page.goto(on.url + path)
+                page.fill("#key", key)
+                page.press("#key", "Enter")
+                page.wait_for_selector(seen)
+                page.evaluate("document.activeElement.blur()")
+                page.screenshot(path=out / f"{name}{suffix}.png", full_page=not suffix)
+                if name == "admin":
+                    page.click("[data-view=keys]")
+                    page.screenshot(path=out / f"admin-keys{suffix}.png", full_page=not suffix)
+                page.close()
+
+
 def down_to(page: Page, card: str) -> FloatRect:
     box = page.locator(card).bounding_box()
     assert box, card
@@ -115,6 +140,9 @@ def main() -> None:
             for name, where in PAGES.items():
                 seconds = take(browser, url + where, given.out / f"{name}.png", given.runs)
                 print(f"{name:14} {' '.join(f'{s:.2f}' for s in seconds)} s")
+        if not given.db:
+            (Path(folder) / "stage").mkdir()
+            take_pages(browser, Path(folder) / "stage", given.rows, given.out)
         browser.close()
 
 

@@ -1,7 +1,8 @@
 """scripts/serve: the proxy's workers and the dashboard, in the foreground, until a signal.
 
-SIGTERM and SIGINT let the workers finish what runs (config: drain_s), a second one cuts it. A changed config takes a
-restart.
+SIGTERM and SIGINT let the workers finish what runs (config: drain_s), a second one cuts it. Each worker reads a changed
+config by itself; SIGHUP makes all of them read it at once. What belongs to this process (listen, dashboard, data,
+drain_s) takes a restart.
 """
 
 import argparse
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "addon"))
 
 import demo  # noqa: E402
-from gateway.config import Address, ConfigError, load  # noqa: E402
+from gateway.config import ConfigError, load  # noqa: E402
+from gateway.settings import Address  # noqa: E402
 from stack import Plan, Stack, http  # noqa: E402
 from supervisor import StartFailedError  # noqa: E402
 

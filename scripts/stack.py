@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.config import Address, Config
+from gateway.settings import Address, Config
 from supervisor import POLL_S, READY_WITHIN_S, Child, Command, StartFailedError, say, start_all, stop_in_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,8 +97,7 @@ class Stack:
         if self._had_terminal and terminal_is_gone():
             self._on_stop()
         for worker in self.workers:
-            if worker.settled:  # before, it would be its end
-                worker.signal(signal.SIGHUP)
+            worker.signal(signal.SIGHUP)
 
     async def _stop_all(self) -> bool:
         """The demo's traffic first, then the workers, and the dashboard last. The second signal skips the waiting."""

@@ -87,7 +87,7 @@ class Child:
             stdout=asyncio.subprocess.DEVNULL if self.command.quiet else None,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what a child logs shall be seen now, also in a file
             process_group=0,
-            preexec_fn=die_with_parent(),
+            preexec_fn=before_program(),
         )
         return self._process
 
@@ -152,6 +152,18 @@ def say(text: str) -> None:
 
 def describe(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def before_program() -> Callable[[], None]:
+    """What a child runs before its program. A SIGHUP asks for a reload: who can't do that yet shall not die of it."""
+    bind = die_with_parent()
+
+    def in_child() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if bind:
+            bind()
+
+    return in_child
 
 
 def die_with_parent() -> Callable[[], None] | None:

@@ -6,6 +6,7 @@ takes `start_llama`. Proxies and scripted upstreams live as long as their test.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from databases import DATABASES, Database, Missing, own
 from llama import LlamaServer, Model, start_server
 from proxy import Proxy
 from upstream import Upstream
@@ -121,6 +123,36 @@ def start_upstream() -> Iterator[Callable[[], Upstream]]:
 @pytest.fixture
 def upstream(start_upstream: Callable[[], Upstream]) -> Upstream:
     return start_upstream()
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[Callable[[str], Database]]:
+    """The session's real database of this name (DATABASES), up and well, whatever a test has done to it before."""
+    running: dict[str, Database] = {}
+    folders: list[Path] = []
+
+    def get(name: str) -> Database:
+        if name not in running:
+            folders.append(Path(tempfile.mkdtemp(prefix="llmproxy-test-")))  # the servers' account may come in here
+            folders[-1].chmod(0o755)
+            own(folders[-1])
+            try:
+                running[name] = DATABASES[name](folders[-1])
+            except Missing as error:
+                if os.environ.get("CI"):
+                    pytest.fail(str(error))
+                pytest.skip(str(error))
+        server = running[name]
+        server.thaw()
+        if server.process is None:
+            server.start()
+        return server
+
+    yield get
+    for server in running.values():
+        server.stop()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

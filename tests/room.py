@@ -7,10 +7,10 @@ import pytest
 
 from gateway.auth import Caller
 from gateway.balancer import Balancer, NoServer, Search
-from gateway.config import Config, Health, Routing
-from gateway.config import Server as ServerConfig
 from gateway.routing import Router
 from gateway.servers import Server
+from gateway.settings import Config, Health, Routing
+from gateway.settings import Server as ServerConfig
 from gateway.strategies import Wanted
 
 
@@ -25,6 +25,7 @@ class Room:
             records.append(ServerConfig(name, f"http://{name}:1", slots=size, models=tuple(models or ["m"])))
         health = Health(eject_after=1, eject_s=10, max_eject_s=10)
         config = Config(tuple(records), **{"health": health, "routing": Routing(strategy=strategy), **more})
+        self.config = config
         self.now = 1000.0
         self.router = Router(config)
         self.balancer = Balancer(config, self.router, lambda: self.now)

@@ -8,8 +8,8 @@ import pytest
 from gateway import balancer
 from gateway.auth import Caller
 from gateway.balancer import MAX_RETRY_AFTER_S, NoServer, Search
-from gateway.config import Queue, Routing
 from gateway.prompts import read_prompt
+from gateway.settings import Queue, Routing
 from gateway.strategies import STRATEGIES, Report, Wanted
 from room import Room, got, refused, rounds, search
 

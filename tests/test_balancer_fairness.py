@@ -8,8 +8,8 @@ import pytest
 from gateway import balancer
 from gateway.auth import Caller
 from gateway.balancer import NoServer, Search
-from gateway.config import Queue
 from gateway.prompts import read_prompt
+from gateway.settings import Queue
 from gateway.strategies import Wanted
 from room import Room, got, rounds, search
 

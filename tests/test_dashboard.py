@@ -143,7 +143,7 @@ def test_every_chart_is_drawn_and_nothing_leaves_the_machine(
     assert hosts == {urlsplit(site.url).netloc}
 
 
-TABLES = ("requests", "running", "server_events")
+TABLES = ("requests", "running", "server_events", "spend_daily", "limit_events")
 
 
 @pytest.mark.parametrize("where", ["/", "/usage", *[f"/usage/{name}" for name in (*TABLES, *QUERIES)]])
@@ -223,6 +223,69 @@ def test_figures_are_the_sums_of_the_requests(given: dict[str, str], site: Site)
         if row["tokens_per_s"] is not None and (not server or row["server"] == server):
             wanted = site.direct(speed, first, user, user, row["server"], row["server"], row["day"] + "%")
             assert row["tokens_per_s"] == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize("given", FILTERS, ids=str)
+def test_costs_are_the_sums_of_the_requests(given: dict[str, str], site: Site) -> None:
+    first = start_of(int(given["period"].split()[0])) if "period" in given else ""
+    user, server = given.get("user", ""), given.get("server", "")
+    where = "from requests where started_at >= ? and (? = '' or key_name = ?) and (? = '' or server = ?)"
+    cost = site.direct(f"select sum(cost_micros) / 1e6 {where}", first, user, user, server, server)
+    assert cost > 0
+    # Two digits that matter, or more.
+    assert float(site.chart("costs/cost", **given)[0]["value"]) == pytest.approx(cost, rel=0.051)
+    for name in ("by_model", "by_user"):
+        assert sum(row["cost"] for row in site.chart(f"costs/{name}", **given)) == pytest.approx(cost)
+    today, month = (
+        site.direct(f"select sum(cost_micros) / 1e6 {where}", since, user, user, server, server)
+        for since in (start_of(1), f"{datetime.now(UTC):%Y-%m-01}")
+    )
+    for name, sum_ in (("today", today), ("month", month)):
+        shown = site.chart(f"costs/{name}", **given)[0]["value"]
+        assert shown == "–" if not sum_ else float(shown) == pytest.approx(sum_, rel=0.051)
+    bill = site.rows(QUERIES["bill"]["sql"], month="")
+    since = f"{datetime.now(UTC):%Y-%m-01}"
+    billed = site.direct("select sum(cost_micros) / 1e6 from usage_daily where day >= ?", since)
+    assert bill[-1]["cost"] == pytest.approx(billed, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("micros", "tile", "billed"),
+    [
+        pytest.param(1, "0.000001", 0.000001, id="the smallest amount"),
+        pytest.param(4_321, "0.0043", 0.004321, id="less than a cent"),
+        pytest.param(1_234_567, "1.23", 1.23, id="more"),
+    ],
+)
+def test_tiny_costs_are_seen(micros: int, tile: str, billed: float) -> None:
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
+    with closing(Database(memory=True)) as db:
+        usage.apply(db)
+        columns = [column.name for column in db.table("usage_daily").columns]
+        used = {"day": day, "key_name": "a", "model": "m", "server": "s", "requests": 1, "cost_micros": micros}
+        db.table("usage_daily").insert(dict.fromkeys(columns, 0) | used)
+        everything = dict.fromkeys(("user", "model", "server", "month", "period", "from", "to"), "")
+        for name in ("cost", "today", "month"):
+            shown = list(
+                db.query(METADATA["plugins"]["datasette-dashboards"]["costs"]["charts"][name]["query"], everything)
+            )
+            assert shown == [{"value": tile}]
+        bill = list(db.query(QUERIES["bill"]["sql"], everything))
+        assert [row["cost"] for row in bill] == [billed, billed]
+
+
+def test_budgets_that_ran_out_are_counted_and_named(site: Site) -> None:
+    names = {row["whose"] for row in site.rows(QUERIES["budget_events"]["sql"], days="90")}
+    assert {"key agent-review", "key agent-docs"} <= names
+    since = start_of(30)
+    for state, share, name in (("used up to 80 %", 0.8, "warned"), ("used up", 1.0, "spent")):
+        events = site.direct("select count(*) from limit_events where share = ? and at >= ?", share, since)
+        shown = [row for row in site.chart("costs/budgets", period="30 days") if row["state"] == state]
+        assert events == sum(row["events"] for row in shown) > 0
+        assert site.chart(f"costs/{name}", period="30 days")[0]["value"] == f"{events:,}"
+    key_id = site.direct("select key_id from usage_daily where key_name = 'agent-review' limit 1")
+    events = site.direct("select count(*) from limit_events where scope = ?", f"key:{key_id}")
+    assert sum(row["events"] for row in site.chart("costs/budgets", user="agent-review")) == events > 0
 
 
 def test_percentiles_are_within_a_step_of_the_true_ones(site: Site) -> None:
@@ -511,7 +574,7 @@ def test_every_column_is_described(site: Site) -> None:
     tables = METADATA["databases"]["usage"]["tables"]
     assert METADATA["license"]
     assert METADATA["source"]
-    for table in ("requests", "usage_hourly", "usage_daily", "ttft_daily", "server_events"):
+    for table in {*TABLES, "usage_hourly", "usage_daily", "ttft_daily"} - {"running"}:
         columns = {row["name"] for row in site.rows(f"select name from pragma_table_info('{table}')")}
         assert set(tables[table]["columns"]) == columns
         assert set(tables[table].get("units", {})) <= columns

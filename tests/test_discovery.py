@@ -14,12 +14,12 @@ import pytest
 from conftest import StartLlama
 from gateway import asking, discovery
 from gateway.asking import Asker, Found, NoAnswer, Probe, Told
-from gateway.config import Health as HealthConfig
-from gateway.config import Secret
-from gateway.config import Server as ServerConfig
 from gateway.discovery import Prober, next_in_s
 from gateway.health import Health
 from gateway.servers import Server
+from gateway.settings import Health as HealthConfig
+from gateway.settings import Secret
+from gateway.settings import Server as ServerConfig
 from proxy import ROOT, free_port
 from upstream import CLOSE, RESET, STALL, Behaviour, Pause, Steps, Upstream, chunk, head, reply
 
@@ -553,7 +553,7 @@ async def test_a_fault_is_logged_and_the_asking_goes_on(upstream: Upstream, capl
 HANGS = """
 import asyncio, sys, time
 sys.path[:0] = ["addon", "tests"]
-from gateway.config import Health as HealthConfig, Server as ServerConfig
+from gateway.settings import Health as HealthConfig, Server as ServerConfig
 from gateway.discovery import Prober
 from gateway.health import Health
 from gateway.servers import Server

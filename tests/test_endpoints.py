@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.endpoints import PRIVATE, canonical, is_private, is_reserved
+from gateway.endpoints import PRIVATE, canonical, is_private, is_reserved, is_unclear, readings
 
 CANONICAL = {
     "/v1/models": "/v1/models",
@@ -27,7 +27,69 @@ def test_canonical(path: str, expected: str) -> None:
     assert canonical(path) == expected
 
 
-WRITTEN = ["{}", "{}/", "{}/0", "/{}", "/x/..{}", "/.{}", "{}?", "{}%3f", "{};x", "{}%2F0"]
+READINGS = {
+    "/V1/models/": {"/v1/models"},
+    "/v1/models/org%2Fmodel": {"/v1/models/org/model"},
+    "/x;/../../slots": {"/x", "/slots"},
+    "/x%3f/../slots": {"/x", "/slots"},
+    "/v1/embeddings;x/chat": {"/v1/embeddings", "/v1/embeddings;x/chat", "/v1/embeddings/chat"},
+    "/v1/embeddings%3Fx/chat": {"/v1/embeddings", "/v1/embeddings?x/chat"},
+    "/v1/embeddings%3bx%3fy": {"/v1/embeddings", "/v1/embeddings;x?y", "/v1/embeddings;x"},
+}
+
+
+@pytest.mark.parametrize(("path", "expected"), READINGS.items())
+def test_readings(path: str, expected: set[str]) -> None:
+    assert set(readings(path)) == expected
+    assert canonical(path) in readings(path)
+
+
+UNCLEAR = [
+    "/v1/x;/../../slots",
+    "/x%3f/../slots",
+    "/v1/embeddings;x/../chat/completions",
+    "/v1/embeddings%3F/%2e%2e/chat/completions",
+    "/v1\\embeddings;\\..\\chat\\completions",
+    "/v1/./models",
+    "/v1/..;x/slots",
+    "/v1/..%3fx",
+    "/v1/%2E%2E%2fslots",
+    "/v1/models%5cx",
+    "/slots%00",
+    "/slots%23",
+    "/slots#x",
+    "/..",
+]
+
+
+@pytest.mark.parametrize("path", UNCLEAR)
+def test_unclear(path: str) -> None:
+    assert is_unclear(path)
+
+
+CLEAR = ["/", "/v1/models/org%2Fmodel", "/v1/.well-known/...", "/a..b/c.", "/with;semicolon=1/and,comma", "/v1//models"]
+
+
+@pytest.mark.parametrize("path", CLEAR)
+def test_clear(path: str) -> None:
+    assert not is_unclear(path)
+
+
+WRITTEN = [
+    "{}",
+    "{}/",
+    "{}/0",
+    "/{}",
+    "/x/..{}",
+    "/.{}",
+    "{}?",
+    "{}%3f",
+    "{};x",
+    "{}%2F0",
+    "/x;/..{}",
+    "/x%3f/..{}",
+    "/x;y/../{}",
+]
 
 
 @pytest.mark.parametrize("way", WRITTEN)
@@ -79,9 +141,12 @@ def test_not_private(path: str) -> None:
         "/%6detrics",
         "/v1/usage",
         "/usage",
+        "/usage/x",
         "/admin",
         "/admin/x",
         "//admin/keys",
+        "/x;/../metrics",
+        "/x%3f/../admin/keys",
     ],
 )
 def test_reserved(path: str) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from gateway.auth import Caller
 from gateway.balancer import Search
-from gateway.config import Server as ServerConfig
 from gateway.exchange import Exchange
 from gateway.records import Row, utc_now, uuid7
 from gateway.relay import BodyMeter, Relay, StreamMeter
 from gateway.servers import Claim, Server
+from gateway.settings import Server as ServerConfig
 from gateway.strategies import Choice, Report, Wanted
 from gateway.tally import Tally
 from gateway.usage import read_openai

@@ -21,7 +21,6 @@ from pairs import (
     good_body,
     good_reply,
     health,
-    last_row,
     pairs,
     paused_for,
     row_of,
@@ -246,11 +245,12 @@ def test_an_error_that_another_server_would_make_too(pair: Pair, status: int) ->
 
 def test_a_client_that_leaves_is_not_served_elsewhere(pair: Pair) -> None:
     pair.first.plan(STALL)
+    before = len(pair.proxy.rows())
     with Connection(pair.proxy.port) as connection:
         connection.sock.sendall(request("POST", CHAT, pair.key, pair.body()))
         eventually(lambda: pair.sent() == (1, 0), "the request at the first server")
         connection.reset()
-    row = last_row(pair.proxy)
+    row = pair.proxy.wait_rows(before + 1)[-1]
     assert (row["outcome"], row["attempts"], pair.sent()) == ("client_closed", 1, (1, 0))
 
 

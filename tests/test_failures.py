@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import failover
-from gateway.config import Health as HealthConfig
-from gateway.config import Server as ServerConfig
 from gateway.failover import MAX_PAUSE_S, Failure, answered, pause_s
 from gateway.health import Health
 from gateway.servers import Server
+from gateway.settings import Health as HealthConfig
+from gateway.settings import Server as ServerConfig
 
 NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC)
 LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}'

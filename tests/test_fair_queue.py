@@ -15,6 +15,11 @@ def key(number: int, weight: float = 1, priority: int = 1) -> Caller:
     return Caller(number, f"key {number}", (), weight=weight, priority=priority)
 
 
+def number_of(caller: Caller) -> int:
+    assert caller.key_id is not None
+    return caller.key_id
+
+
 A, B, C = key(1), key(2), key(3)
 
 
@@ -192,14 +197,14 @@ class Hall:
     def __init__(self, callers: list[Caller], slots: int, service_s: dict[int, float], seed: int) -> None:
         self.random = random.Random(seed)
         self.queue: FairQueue[int] = FairQueue()
-        self.callers = {caller.key_id: caller for caller in callers}
+        self.callers = {number_of(caller): caller for caller in callers}
         self.service_s = service_s
         self.tickets: dict[int, int] = {}  # ticket -> key
         self.came: dict[int, float] = {}
         self.ends_at: list[tuple[float, int]] = []  # when, key
         self.now = 0.0
-        self.held_s = {caller.key_id: 0.0 for caller in callers}
-        self.waits: dict[int, list[float]] = {caller.key_id: [] for caller in callers}
+        self.held_s = dict.fromkeys(self.callers, 0.0)
+        self.waits: dict[int, list[float]] = {key_id: [] for key_id in self.callers}
         self.free = slots
 
     def come(self, key_id: int) -> None:
@@ -261,18 +266,18 @@ def test_shares_by_weight(weights: tuple[float, ...], slots: int) -> None:
 def test_a_heavy_key_against_light_ones() -> None:
     """Sixty long jobs at once on four slots; five others each bring a short one as soon as their last has ended."""
     heavy, lights = key(0), [key(number) for number in range(1, 6)]
-    hall = Hall([heavy, *lights], 4, {0: 10.0} | {light.key_id: 0.5 for light in lights}, seed=2)
+    hall = Hall([heavy, *lights], 4, {0: 10.0} | {number_of(light): 0.5 for light in lights}, seed=2)
     for _ in range(60):
         hall.come(0)
     list(hall.start())
     for light in lights:
-        hall.come(light.key_id)
+        hall.come(number_of(light))
     while len(hall.waits[0]) < 50:
         ended = hall.end_one()
         if ended:
             hall.come(ended)
         list(hall.start())
-    waits = sorted(wait for light in lights for wait in hall.waits[light.key_id])
+    waits = sorted(wait for light in lights for wait in hall.waits[number_of(light)])
     assert len(waits) > 200
     assert waits[len(waits) * 9 // 10] < 6  # 0.6 of a long job; in the order of their coming it would be over 100
     assert hall.held_s[0] > sum(hall.held_s.values()) / 6  # nor does the heavy one starve
@@ -301,6 +306,6 @@ def test_nothing_is_lost_in_a_random_walk(seed: int) -> None:
             queue.ends(running.pop(chance.randrange(len(running))))
         assert len(queue) == len(waiting)
         assert sorted(queue.in_turn()) == sorted(waiting)
-    assert Counter(key_id for key_id, each in queue._keys.items() for _ in range(each.running)) == Counter(
-        caller.key_id for caller in running
+    assert Counter(scope for scope, each in queue._keys.items() for _ in range(each.running)) == Counter(
+        caller.scope for caller in running
     )

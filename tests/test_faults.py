@@ -90,10 +90,17 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"
 OK = reply({"choices": [{"index": 0, "message": {"content": "a"}}], "usage": USAGE})
 # Long enough for it to matter which server has it in its cache.
 PROMPT = [{"role": "user", "content": "the world " * 500}]
+PLENTY = 1_000_000_000
 # One failure ejects a server, for a moment.
 HASTY: dict[str, Any] = {
     "routing": {"backoff_s": 0.01},
     "health": {"eject_after": 1, "eject_s": 0.05, "max_eject_s": 0.05},
+    # Every kind of limit, none of which is reached.
+    "limits": {
+        "key": dict.fromkeys(("rpm", "rps", "burst", "tpm", "concurrency"), PLENTY)
+        | {"budgets": [{"per": "day", "tokens": PLENTY}, {"per": "month", "money": PLENTY / 1e6}]}
+    },
+    "prices": {"models": {"*": {"prompt": 0.1, "completion": 1}}},
 }
 
 
@@ -119,6 +126,7 @@ class Case:
 # are what the first server does, before another one answers well; that one has no part in "break" and "slow".
 HOWS = ("close", "503", "comment", "break", "slow", "hang up", "wait")
 REFUSED = "500 internal_error"
+UNDECIDED = "503 limits_unavailable"
 CASES = [
     # the hooks themselves: what is raised here, no gate catches
     Case("hooks:Gateway.next_layer", REFUSED, REFUSED),
@@ -142,8 +150,6 @@ CASES = [
     Case("hooks:Gateway.error", "hung up", "hung up", how="hang up"),
     Case("hooks:Gateway._settle", "cut", "cut"),
     Case("hooks:Gateway._settle", "cut", "cut", call=1),
-    Case("hooks:_free_server", "cut", "cut"),
-    Case("hooks:_free_server", "cut", "cut", call=1),
     Case("hooks:Gateway._ready_service", REFUSED, REFUSED),
     Case("hooks:Gateway._ready_service", REFUSED, REFUSED, call=1),
     Case("hooks:uuid7", REFUSED, REFUSED),
@@ -155,13 +161,17 @@ CASES = [
     Case("connections:Connections.flow_ends", "200", "200"),
     # authentication
     Case("auth:Authenticator.authenticate", REFUSED, REFUSED),
+    Case("auth:Authenticator._check", REFUSED, REFUSED),
+    Case("networks:client_address", REFUSED, REFUSED),
+    Case("sources.chain:Chain.find", REFUSED, REFUSED),
+    Case("sources.local:LocalKeys.find", REFUSED, REFUSED),
     Case("auth:_key_of", REFUSED, REFUSED),
     Case("auth:_caller", REFUSED, REFUSED),
     Case("auth:Caller.may_use", REFUSED, REFUSED),
-    Case("keystore:KeyReader.find", REFUSED, REFUSED),
-    Case("keystore:KeyReader._refresh", REFUSED, REFUSED),
-    Case("keystore:Key.state", REFUSED, REFUSED),
-    Case("keystore:hash_key", REFUSED, REFUSED),
+    Case("keyreader:KeyReader.find", REFUSED, REFUSED),
+    Case("keyreader:KeyReader._refresh", REFUSED, REFUSED),
+    Case("keys:Key.state", REFUSED, REFUSED),
+    Case("keyreader:hash_key", REFUSED, REFUSED),
     # what is wanted, and where it goes
     Case("discovery:Prober.asked_once", REFUSED, REFUSED),
     Case("service:Service.answer_public", REFUSED, REFUSED),
@@ -169,7 +179,7 @@ CASES = [
     Case("service:Service.answer", REFUSED, REFUSED),
     Case("service:Service.allow", REFUSED, REFUSED),
     Case("service:Service.is_server", "200", "200"),
-    Case("service:Service.count", "200", "200"),
+    Case("vitals:Vitals.count", "200", "200"),
     Case("service:Service._server_changed", REFUSED, REFUSED, how="close"),
     Case("wire:read_json", REFUSED, REFUSED),
     Case("wire:with_model", REFUSED, REFUSED),
@@ -273,13 +283,38 @@ CASES = [
     Case("relay:Relay.finish", "cut", "cut"),
     Case("relay:Relay.ended", "cut", "cut"),
     Case("relay:Relay.lacks_end_mark", "cut", "cut"),
+    # limits, and the end
+    Case("limiter:Limiter.rules_of", REFUSED, REFUSED),
+    Case("limiter:Limiter.admit", REFUSED, REFUSED),
+    Case("limiter:Limiter._ask", REFUSED, REFUSED),
+    Case("limiter:Limiter.admit_fallback", REFUSED, REFUSED),
+    Case("limiter:Limiter.admit_fallback", REFUSED, REFUSED, call=2, how="close"),
+    Case("bounds:estimate", REFUSED, REFUSED),
+    Case("limiter:headers_of", REFUSED, REFUSED),
+    Case("ledger:Ledger.admit", REFUSED, REFUSED),
+    Case("accounts:SqliteAccounts.admit", UNDECIDED, UNDECIDED),
+    Case("accounts:SqliteAccounts._take", UNDECIDED, UNDECIDED),
+    Case("settling:Settler.settle", "cut", "cut"),
+    Case("settling:Settler.settle", "cut", "cut", call=1),
+    Case("settling:Settler._free_server", "cut", "cut"),
+    Case("settling:Settler._free_server", "cut", "cut", call=1),
+    Case("limiter:Limiter.add_cost", "200", "200"),
+    Case("limiter:Limiter.settlements", "200", "200"),
+    Case("limiter:cost_micros", REFUSED, REFUSED),
+    Case("limiter:cost_micros", "200", "200", call=2),
+    Case("charges:charged", "200", "200"),
+    Case("charges:told", "200", "200"),
+    Case("accounts:SqliteAccounts.settle", "200", "200"),
+    Case("accounts:SqliteAccounts._book", "200", "200"),
     # the ledger
     Case("ledger:Ledger.open", REFUSED, REFUSED),
     Case("ledger:Ledger.settle", "cut", "cut"),
     Case("ledger:Ledger.settle", "cut", "cut", call=1),
-    Case("ledger:Ledger._commit", "cut", "cut", is_lost=True),
-    Case("ledger:Ledger._settle", "cut", "cut", is_lost=True),
-    Case("ledger:Ledger._write", "200", "200", call=1),
+    Case("ledger:Ledger._commit", UNDECIDED, UNDECIDED),
+    Case("bookkeeper:Bookkeeper.settle", "cut", "cut", is_lost=True),
+    Case("bookkeeper:Bookkeeper.transaction", UNDECIDED, UNDECIDED),
+    Case("ledger:Ledger._write", UNDECIDED, UNDECIDED, call=1),
+    Case("ledger:Ledger._write", "200", "200", call=2),
     Case("ledger:Ledger.note", REFUSED, REFUSED, how="close"),
 ]
 
@@ -548,7 +583,7 @@ ENDS = [
     "answers:format_of",
     "relay:StreamMeter.feed",
     "relay:BodyMeter.feed",
-    "service:Service.count",
+    "vitals:Vitals.count",
 ]
 
 
@@ -579,7 +614,7 @@ STARTS = [
     "hooks:Gateway.running",
     "startup:_listen",
     "config:load",
-    "ledger:_WorkerLock.__init__",
+    "worker_lock:WorkerLock.__init__",
     "discovery:Prober.start",
     "balancer:Balancer.__init__",
     "upstream_tls:check",

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.config import Health as HealthConfig
 from gateway.health import Health
+from gateway.settings import Health as HealthConfig
 
 CONFIG = HealthConfig(up_after=2, down_after=3, eject_after=3, eject_s=2, max_eject_s=10)
 

@@ -112,7 +112,7 @@ TARGETS = [
     one("target with a NUL", get("/v1/a\0b", AUTH), "400"),
     one("target with a bare CR", get("/v1/a\rb", AUTH), "400"),
     one("target with bytes above 127", get("/v1/\xff\xfe", AUTH), "200", 1),
-    one("target with a fragment", get("/v1/other#a", AUTH), "200", 1),
+    one("target with a fragment", get("/v1/other#a", AUTH), "400"),
 ]
 
 HOSTS = [
@@ -254,6 +254,8 @@ PRIVATE = [
         "/\\slots",
         "/%5cslots",
         "/slots/../slots",
+        "/v1/x;/../../slots",
+        "/x%3f/../slots",
         "/props",
         "/lora-adapters",
         "/v1/stream/abc",
@@ -264,13 +266,24 @@ PRIVATE = [
 ]
 
 # Once decoded, as servers do, these are no private paths.
-PRIVATE += [one(f"not private: {path}", get(path, AUTH), "200", 1) for path in ("/slots%20", "/slots%00", "/%2573lots")]
+PRIVATE += [one(f"not private: {path}", get(path, AUTH), "200", 1) for path in ("/slots%20", "/%2573lots")]
+
+UNCLEAR = [
+    one(f"unclear: {path}", get(path, AUTH), "400")
+    for path in (
+        "/slots%00",
+        "/v1/embeddings;x/../chat/completions",
+        "/v1/embeddings%3F/%2e%2e/chat/completions",
+        "/v1\\embeddings;\\..\\chat\\completions",
+        "/v1/other#x",
+    )
+]
 
 OURS = [
     one("/metrics of a server", get("/v1/../metrics", AUTH), "404"),
     one("//metrics", get("//metrics", AUTH), "404"),
     one("/admin", get("/admin/keys", AUTH), "404"),
-    one("/admin, no key", get("/admin/keys"), "401"),
+    one("/admin, no key", get("/admin/keys"), "404"),
     one("/%61dmin", get("/%61dmin/keys", AUTH), "404"),
     one("POST /health", request("POST /health HTTP/1.1", "Host: g", AUTH, body=BODY), "404"),
     one("/health?x", get("/health?x"), "200"),
@@ -323,6 +336,7 @@ TABLES = {
     "protocols": PROTOCOLS,
     "methods": METHODS,
     "private": PRIVATE,
+    "unclear": UNCLEAR,
     "ours": OURS,
     "bodies": BODIES,
 }
@@ -431,6 +445,32 @@ def test_input(rig: Rig, case: Case) -> None:
     assert (answer, len(seen)) == (tuple(case.statuses), case.reached)
     # The status comes before the end of the answer, and that comes after the row.
     eventually(lambda: rig.booked() - booked == case.reached, "the row")
+
+
+NARROW = {
+    "/v1/embeddings": "200",
+    "/V1/Embeddings/": "200",
+    "//v1/embeddings": "200",
+    "/v1/embeddings?/../chat/completions": "200",
+    CHAT: "403",
+    "/v1/embeddings/x": "403",
+    "/v1/embeddings;x": "403",
+    "/v1/embeddings%3bx/chat/completions": "403",
+    "/v1/embeddings%3f": "403",
+    "/v1/embeddings/../chat/completions": "400",
+    "/v1/embeddings;x/../chat/completions": "400",
+    "/v1/embeddings%3F/%2e%2e/chat/completions": "400",
+    "/v1\\embeddings;\\..\\chat\\completions": "400",
+    "/v1/embeddings#/../chat/completions": "400",
+}
+
+
+def test_a_key_for_one_endpoint(rig: Rig) -> None:
+    key = rig.proxy.create_key("narrow", "--endpoint", "/v1/embeddings").key
+    before = len(rig.upstream.asked)
+    answers = {path: rig.send(get(path, f"Authorization: Bearer {key}"))[0] for path in NARROW}
+    assert answers == NARROW
+    assert [each.target for each in rig.upstream.asked[before:]] == [path for path in NARROW if NARROW[path] == "200"]
 
 
 def endless(size: int) -> Iterator[bytes]:

@@ -15,6 +15,8 @@ import pytest
 
 from gateway import schema
 from gateway.ledger import Ledger
+from gateway.limits import Limits, Rule
+from gateway.quota import Ask, Settlement
 from gateway.records import Row
 from waiting import eventually
 
@@ -296,7 +298,7 @@ async def test_a_locked_file_is_waited_for(ledger: Ledger, path: Path, caplog: p
 
 async def test_a_full_disk_is_waited_for(ledger: Ledger, path: Path) -> None:
     await settle(ledger, row(0, "ok"))
-    connection = ledger._db.conn
+    connection = ledger._books._db.conn
     (pages,) = connection.execute("pragma page_count").fetchone()
     connection.execute(f"pragma max_page_count = {pages}")
     futures = [ledger.settle(row(number, "ok", model="m" * 2000)) for number in range(1, 51)]
@@ -323,10 +325,18 @@ async def test_a_row_that_can_never_be_written_does_not_hold_up_the_others(
     rows = [row(number, "ok", **(bad if number == place else {})) for number in range(10)]
     async with asyncio.timeout(SOON_S):
         results = await asyncio.gather(*(ledger.settle(one) for one in rows), return_exceptions=True)
-    assert [type(result) for result in results] == [OSError if number == place else type(None) for number in range(10)]
+    assert [isinstance(result, OSError) for result in results] == [number == place for number in range(10)]
     assert set(outcomes(path)) == {f"r{number}" for number in range(10)} - {f"r{place}"}
     assert ledger.rows_settled == 9
     assert [record.message for record in caplog.records if "LOST" in record.message and f"r{place}" in record.message]
+
+
+async def test_a_row_that_can_never_be_written_holds_nothing(ledger: Ledger) -> None:
+    rules = (Rule("key:1", Limits(concurrency=1)),)
+    assert (await ledger.admit(Ask("r1", ledger.worker, "2026-11-21", rules))).denial is None
+    with pytest.raises(OSError, match="can't be written"):
+        await ledger.settle(row(1, "ok", prompt_tokens=2**70), [Settlement("r1", "2026-11-21", ("key:1",), rules)])
+    assert [standing.held for standing in await ledger.standings(rules)] == [0]
 
 
 TEXTS = {

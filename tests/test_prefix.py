@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.config import Server as ServerConfig
 from gateway.prefix import Placements, PrefixIndex, Strangers, home_of
 from gateway.prompts import Mark, Prompt
 from gateway.servers import Server
+from gateway.settings import Server as ServerConfig
 
 
 def servers(*weights: float) -> list[Server]:

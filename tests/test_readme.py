@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 
 import test_architecture
-from gateway.config import Config, Server
+from gateway.limits import PERIODS, Limits
 from gateway.records import Row
+from gateway.settings import Config, Server
+from gateway.sources.settings import Local
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +37,8 @@ def defaults(record: type[msgspec.Struct], path: str = "") -> Iterator[tuple[str
     for field in msgspec.structs.fields(record):
         if field.name != "servers":
             default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-            if isinstance(default, msgspec.Struct):
+            # Limits have a table of their own.
+            if isinstance(default, msgspec.Struct) and not isinstance(default, Limits):
                 yield from defaults(type(default), f"{path}{field.name}.")
             else:
                 yield f"{path}{field.name}", default
@@ -53,7 +56,7 @@ def test_every_default_of_the_config() -> None:
     inside = README[README.index("<!-- config -->") : README.index("<!-- /config -->")]
     told = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", inside, re.MULTILINE))
     assert told == {name: str(DEFAULTS[name]) for name in told}
-    untold = {name for name, value in DEFAULTS.items() if value not in (None, {}, "")}
+    untold = {name for name, value in DEFAULTS.items() if value not in (None, {}, "", (), Limits(), (Local(),))}
     assert set(told) == untold
 
 
@@ -61,9 +64,16 @@ def test_every_column_of_the_books() -> None:
     assert sorted(table("columns")) == sorted(Row.__struct_fields__)
 
 
+def test_every_limit() -> None:
+    section = README[README.index("### Limits and budgets") : README.index("**What a request holds.**")]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    named = {word for row in rows for word in re.findall(r"`([a-z]+)`", row)}
+    assert set(Limits.__struct_fields__) | set(PERIODS) <= named
+
+
 def test_every_code_of_a_refusal() -> None:
     section = README[README.index("## Errors") : README.index("## The books")]
-    sources = "".join(path.read_text() for path in (ROOT / "addon" / "gateway").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "addon" / "gateway").rglob("*.py"))
     raised = set(re.findall(r"Refusal\(\s*\d{3},\s*\"([a-z_]+)\"", sources))
     assert raised - {"not_found", "not_ready"} <= set(re.findall(r"`([a-z_]+)`", section))
 

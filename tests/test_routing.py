@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gateway.auth import Caller
-from gateway.config import Config, Server
+from gateway.changes import ReloadReport
 from gateway.exchange import Exchange
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
@@ -14,6 +14,7 @@ from gateway.routing import Router
 from gateway.servers import Claim
 from gateway.servers import Server as Upstream
 from gateway.service import Service
+from gateway.settings import Config, Server
 from gateway.wire import MAX_MODEL_NAME
 
 
@@ -175,7 +176,11 @@ def test_urls(url: str, expected: tuple[str, str, int, str, str]) -> None:
 
 def test_a_key_for_some_models_gets_none_that_nobody_knows(tmp_path: Path) -> None:
     """No model named, none told yet: that leaves nothing this key is known to be allowed."""
-    service = Service(Config((Server("a", "http://a:1"),), data=tmp_path))
+
+    async def never(reason: str) -> ReloadReport:
+        raise AssertionError(reason)
+
+    service = Service(Config((Server("a", "http://a:1"),), data=tmp_path), never)
     caller = Caller(1, "bob", (Pattern("only-this"),))
     one = Exchange("id", caller, "/v1/chat/completions", "/v1/chat/completions", "2026", 0.0, "w", 10)
     try:

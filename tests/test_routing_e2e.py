@@ -224,17 +224,8 @@ PRIVATE = [
     "/%5cslots",
     "/slots%3fx",
 ]
-RESERVED = [
-    "/admin",
-    "/admin/keys",
-    "/admin/../admin/x",
-    "//admin",
-    "/%61dmin/keys",
-    "/v1/usage",
-    "/usage",
-    "/Admin/",
-    "/metrics/",
-]
+RESERVED = ["/metrics/", "/V1/usage", "/usage/nothing"]
+ADMIN = ["/admin", "/admin/keys", "/admin/../admin/x", "//admin", "/%61dmin/keys", "/Admin/"]
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -246,6 +237,18 @@ def test_paths_that_are_not_for_plain_keys(proxy: Proxy, alice: Key, other: Upst
     assert (answer.status, answer.code) == expected
     assert last(proxy, "outcome", "status", "endpoint") == ("refused", expected[0], target.partition("?")[0])
     assert len(other.asked) == before
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("target", ADMIN)
+def test_admin_paths_are_no_business_of_keys(
+    proxy: Proxy, alice: Key, other: Upstream, target: str, method: str
+) -> None:
+    """There is no admin key. Whatever a user's key may do, no server is asked and nothing is booked."""
+    before = len(other.asked), proxy.rows()
+    answer = ask(proxy.port, request(method, target, alice, b'{"model":"named"}'))
+    assert (answer.status, answer.code) == (404, "not_found")
+    assert (len(other.asked), proxy.rows()) == before
 
 
 REFUSALS = {

@@ -40,6 +40,9 @@ CONTRACT = {
     "request_bytes": "INTEGER",
     "response_bytes": "INTEGER",
     "client_request_id": "TEXT",
+    "team": "TEXT",
+    "cost_micros": "INTEGER",
+    "currency": "TEXT",
 }
 OUTCOMES = ["ok", "error", "client_closed", "upstream_cut", "unreachable", "refused", "interrupted"]
 
@@ -109,6 +112,7 @@ def rows(count: int, seed: int = 1) -> list[Row]:
             tokens_source=maybe(chance.choice(["usage", "timings", "counted"])),
             ttft_ms=maybe(chance.choice([0.0, 0.4, 1.0, 12.5, 999.0, 1e9])),
             duration_ms=maybe(float(chance.randint(0, 99))),
+            cost_micros=maybe(chance.randint(0, 9_000_000)),
             prompt_ms=maybe(float(chance.randint(0, 99))),
             predicted_ms=maybe(float(chance.choice([0, 7, 99]))),
         )
@@ -148,6 +152,7 @@ def test_rollups_equal_the_rows(table: str, db: Database) -> None:
         "predicted_ms": "total(predicted_ms) filter (where predicted_ms > 0)",
         "prompt_ms": "total(prompt_ms)",
         "duration_ms": "total(duration_ms)",
+        "cost_micros": "total(cost_micros)",
     }
     assert set(expected) == set(schema.ROLLUP_SUMS)
     sums = ", ".join(f"{sql} as {name}" for name, sql in expected.items())

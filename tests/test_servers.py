@@ -2,10 +2,10 @@
 
 import pytest
 
-from gateway.config import Health as HealthConfig
-from gateway.config import Server as ServerConfig
 from gateway.health import Health
 from gateway.servers import SHARE, Claim, Server, average
+from gateway.settings import Health as HealthConfig
+from gateway.settings import Server as ServerConfig
 
 
 def server(url: str = "http://h:1", slots: int | None = None) -> Server:

@@ -75,13 +75,26 @@ def test_without_a_python_one_line_says_what_to_do(tmp_path: Path, pythons: dict
     assert "Python 3.12 or newer" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["serve", "keys", "test", "bench", "lock"])
+@pytest.mark.parametrize("name", ["serve", "keys", "test", "bench", "lock", "extras"])
 def test_scripts_can_be_executed(name: str) -> None:
     assert os.access(SCRIPTS / name, os.X_OK)
     assert (SCRIPTS / name).read_bytes().startswith(b"#!/bin/sh\n")
 
 
-@pytest.mark.parametrize("path", ["requirements.lock", "scripts/demo.lock", "tests/requirements.lock"])
+@pytest.mark.parametrize(("asked", "status"), [("--help", 0), ("-h", 0), ("psycopg", 2)])
+def test_extras_installs_nothing_when_it_is_asked_something(asked: str, status: int, tmp_path: Path) -> None:
+    """In a copy without anything to install from."""
+    script = tmp_path / "scripts" / "extras"
+    script.parent.mkdir()
+    script.write_text((ROOT / "scripts" / "extras").read_text())
+    done = subprocess.run(["/bin/sh", script, asked], capture_output=True, text=True, check=False)
+    assert (done.returncode, bool(done.stdout), bool(done.stderr)) == (status, status == 0, status != 0)
+    assert "scripts/extras" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", ["requirements.lock", "scripts/demo.lock", "scripts/extras.lock", "tests/requirements.lock"]
+)
 def test_every_lock_names_the_same_versions(path: str) -> None:
     """The environments add up in one .venv: a second lock must never change what the first one installed."""
 
@@ -178,6 +191,20 @@ def test_a_worker_that_dies_is_started_again(start_serve: StartServe) -> None:
             return False
 
     eventually(healthy, "the new worker", START_S)
+
+
+def test_a_hangup_makes_every_worker_read_the_config_again(start_serve: StartServe) -> None:
+    """Also one that is started just then, which would end by it."""
+    serve = start_serve("--no-dashboard", "--workers", "2")
+    eventually(lambda: len(serve.children()) == 2, "both workers", START_S)
+    serve.process.send_signal(signal.SIGHUP)
+    serve.up()
+    eventually(lambda: serve.said().count("server a is down") == 2, "both workers' first look at their server", START_S)
+    serve.config.write_text(serve.config.read_text() + "default_model: tiny\n")
+    for _ in range(3):
+        serve.process.send_signal(signal.SIGHUP)
+    eventually(lambda: serve.said().count("): default_model") == 2, "both reloads", START_S)
+    assert "ended with" not in serve.said()
 
 
 def test_a_port_in_use_is_said_in_one_line(start_serve: StartServe) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from gateway import config
-from gateway.config import Routing
+from gateway import settings
 from gateway.prompts import Prompt, read_prompt
 from gateway.servers import Claim, Server
+from gateway.settings import Routing
 from gateway.strategies import STRATEGIES, Choice, Report, Strategy, Wanted
 
 SHORT = Wanted("m", None, 100)
@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 
 
 def server(name: str, weight: float = 1, slots: int | None = None) -> Server:
-    return Server(config.Server(name, f"http://{name}:1", weight=weight, slots=slots))
+    return Server(settings.Server(name, f"http://{name}:1", weight=weight, slots=slots))
 
 
 def servers(*weights: float, slots: int | None = None) -> list[Server]:
@@ -65,7 +65,7 @@ class Player:
 
 
 def test_every_name_of_the_config_is_there() -> None:
-    assert tuple(STRATEGIES) == config.STRATEGIES
+    assert tuple(STRATEGIES) == settings.STRATEGIES
 
 
 EXACT = ("prefix", "least-busy", "round-robin", "latency")
@@ -92,7 +92,7 @@ STICKINESS = {"usual": 1.0, "none": 0.0, "much": 1000.0}
 @pytest.mark.parametrize("stickiness", STICKINESS.values(), ids=STICKINESS)
 @pytest.mark.parametrize("weights", [(1, 3), (1, 1, 1), (0.5, 0.25, 0.25), (1e-3, 1)], ids=str)
 def test_new_conversations_go_by_weight(weights: tuple[float, ...], stickiness: float) -> None:
-    routing = Routing(prefix=config.Prefix(stickiness=stickiness))
+    routing = Routing(prefix=settings.Prefix(stickiness=stickiness))
     player = Player("prefix", servers(*weights), routing)
     share = player.share(conversations(400))
     for each in player.servers:

@@ -15,8 +15,8 @@ from conftest import StartProxy
 from gateway import upstream_tls
 from gateway.asking import Asker, Probe
 from gateway.config import ConfigError
-from gateway.config import Server as ServerConfig
 from gateway.servers import Server
+from gateway.settings import Server as ServerConfig
 from h2client import Http2
 from proxy import ROOT, Key, Proxy
 from upstream import CLOSE, STALL, Upstream, reply, stream

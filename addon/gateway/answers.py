@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def relay_for(exchange: Exchange, head: Mapping[str, str]) -> Relay:
     """`head`: the answer's headers. What is compressed, though we asked for none of it, can only be passed on."""
-    read = format_of(exchange.endpoint)
+    read = format_of(exchange.meaning)
     tally = Tally(exchange.asked.prompts, exchange.asked.answers)
     is_stream = "event-stream" in head.get("content-type", "")
     meter: Meter | None = StreamMeter(read, tally, strip=exchange.usage_asked) if is_stream else BodyMeter(read, tally)
@@ -29,6 +29,6 @@ def relay_for(exchange: Exchange, head: Mapping[str, str]) -> Relay:
         time.monotonic,
         content_length=int(length) if length.isdigit() and not changes_length else None,
         is_stream=is_stream,
-        has_mark=is_stream and ends_with_mark(exchange.endpoint),
+        has_mark=is_stream and ends_with_mark(exchange.meaning),
         changes_length=changes_length,
     )

@@ -16,10 +16,12 @@ import certifi
 import httpx
 import msgspec
 
-from gateway.config import Server as ServerConfig
+from gateway.settings import Server as ServerConfig
 
 # Far more than any list of models: an endless answer must not fill the memory.
 MAX_BYTES = 10_000_000
+# Of a server's words about an error, as much as a person wants to read; in bytes.
+MAX_WORDS = 300
 LLAMA_CPP, OPENAI = "llama.cpp", "openai"
 # All that msgspec raises on what a server may send.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -59,6 +61,14 @@ class Told:
     models: tuple[str, ...] | None = None
     problem: str | None = None
     is_refusal: bool = False
+
+
+@dataclass(frozen=True)
+class Said:
+    """What became of a request. `problem` None: it was answered well. `status` None: there was no answer."""
+
+    status: int | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,18 +153,36 @@ class Asker:
         except _UNREADABLE:
             return None
 
+    def post(self, path: str, body: object) -> Said:
+        """A real request, for an administrator who wants to know whether it is answered. This does need a slot."""
+        try:
+            content, headers = msgspec.json.encode(body), {"content-type": "application/json"}
+            with self._client.stream("POST", self._root + path, content=content, headers=headers) as response:
+                said = self._read(response)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return Said(None, self._reason(error, path))
+        if response.status_code == 200:
+            return Said(200)
+        words = " ".join(said[:MAX_WORDS].decode(errors="replace").split())
+        return Said(response.status_code, f"answers {path} with HTTP {response.status_code}: {words}")
+
     def _get(self, path: str, *, body_of: int) -> _Reply:
-        """`body_of`: the status whose body is wanted. httpx's timeout is for each read; the deadline is for all."""
-        deadline = time.monotonic() + self._timeout_s
+        """`body_of`: the status whose body is wanted."""
         with self._client.stream("GET", self._root + path) as response:
-            body = bytearray()
-            for piece in response.iter_bytes() if response.status_code == body_of else ():
-                body += piece
-                if len(body) > MAX_BYTES:
-                    raise httpx.RemoteProtocolError(f"its answer has more than {MAX_BYTES:,} bytes")
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("its answer does not end")
-            return _Reply(response.status_code, response.headers.get("server") == LLAMA_CPP, bytes(body))
+            body = self._read(response) if response.status_code == body_of else b""
+            return _Reply(response.status_code, response.headers.get("server") == LLAMA_CPP, body)
+
+    def _read(self, response: httpx.Response) -> bytes:
+        """httpx's timeout is for each piece; the deadline is for all."""
+        deadline = time.monotonic() + self._timeout_s
+        body = bytearray()
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > MAX_BYTES:
+                raise httpx.RemoteProtocolError(f"its answer has more than {MAX_BYTES:,} bytes")
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout("its answer does not end")
+        return bytes(body)
 
     def _reason(self, error: Exception, path: str) -> str:
         root = _root(error)

@@ -6,15 +6,15 @@ import random
 import time
 from datetime import UTC, datetime
 
-from gateway import endpoints, failover
+from gateway import failover
 from gateway.balancer import Balancer, NoServer, Search
-from gateway.config import Config
 from gateway.discovery import Prober
 from gateway.exchange import Exchange
 from gateway.failover import Failure
 from gateway.prompts import read_prompt
 from gateway.replies import Refusal
 from gateway.servers import Server
+from gateway.settings import Config
 from gateway.strategies import Wanted
 from gateway.usage import FORMATS
 
@@ -31,6 +31,9 @@ class Attempts:
         self._config = config
         self._balancer = balancer
         self._prober = prober
+
+    def reconfigure(self, config: Config) -> None:
+        self._config = config
 
     def begin(self, exchange: Exchange) -> None:
         """The model is known."""
@@ -102,7 +105,7 @@ class Attempts:
 
     def _blame(self, server: Server, exchange: Exchange, failure: Failure) -> None:
         # On a path that we don't know, a status may be an answer like any other: it is held against nobody.
-        if failure.kind != "answered" or endpoints.canonical(exchange.endpoint) in FORMATS:
+        if failure.kind != "answered" or exchange.meaning in FORMATS:
             failover.tell(server, failure, time.monotonic(), datetime.now(UTC))
             if server.health.state in ("down", "loading"):
                 self._prober.ask_soon(server)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.auth import Caller
-from gateway.config import Config
 from gateway.fair_queue import FairQueue
 from gateway.replies import Refusal
 from gateway.routing import Router
 from gateway.servers import Claim, Server, average
+from gateway.settings import Config
 from gateway.strategies import STRATEGIES, Choice, Prefix, Report, Strategy, Wanted
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _nobody(pool: Sequence[Server], now: float) -> NoServer:
 
 
 class Balancer:
-    """Strategies, claims and the queue of one config."""
+    """Strategies, claims and the queue of the config."""
 
     def __init__(self, config: Config, router: Router, clock: Callable[[], float]) -> None:
         self._config = config
@@ -90,6 +90,20 @@ class Balancer:
         self._queues: dict[str | None, FairQueue[Search]] = {}
         self._looked_at = 0.0  # when it was looked last who of those that wait can go
         self._strategies: dict[str, Strategy] = {}
+
+    def reconfigure(self, config: Config, gone: Sequence[Server]) -> None:
+        """To be called when the router has another config, without the servers that are `gone`. Those who wait go where
+        it says, or are refused.
+        """
+        self._config = config
+        wanted = {config.routing.strategy, *config.routing.models.values()}
+        self._strategies = {name: strategy for name, strategy in self._strategies.items() if name in wanted}
+        for strategy in self._strategies.values():
+            strategy.reconfigure(config.routing, {server.name for server in gone})
+        for search in [search for queue in self._queues.values() for search in queue.in_turn()]:
+            if search.prefers in gone:
+                self._prefer(search, None)
+        self.changed()
 
     @property
     def waiting(self) -> int:
@@ -145,6 +159,8 @@ class Balancer:
         """A server has answered; `held_s`: how long it took for all of it."""
         assert search.choice
         server = search.choice.server
+        if server not in self._router.servers:  # it is gone, and another one may have its name
+            return
         server.measured_service_s = average(server.measured_service_s, held_s)
         if search.wanted.prompt and report.prompt_ms is not None and report.prompt_tokens:
             read_share = 1 - (report.cached_tokens or 0) / report.prompt_tokens

@@ -9,10 +9,13 @@ import asyncio
 import collections
 import logging
 import time
+from collections.abc import Container
 from typing import Any
 
 from mitmproxy import connection, ctx, http
 from mitmproxy.proxy import server_hooks
+
+from gateway import upstream
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,14 @@ class Connections:
             client.bodies.discard(flow.id)
             client.running.discard(flow.id)
             client.since = time.monotonic()
+
+    def retire(self, addresses: Container[tuple[str | None, int]]) -> None:
+        """Connections to servers at these addresses are not used for another request."""
+        for client_id in self._clients:
+            if handler := _handler(client_id):
+                for conn in handler.transports:
+                    if isinstance(conn, connection.Server) and conn.address in addresses:
+                        upstream.retire(conn)
 
     def close_server(self, flow: http.HTTPFlow) -> None:
         """Close the connection that a flow waits on: its stream then hears that the server closed it."""

@@ -36,6 +36,22 @@ def open_database(path: Path, migrations: Migrations, *, busy_timeout_s: float) 
     return db
 
 
+def open_existing(path: Path) -> Database:
+    """Only to read, as it is, without ever waiting for others. Usable from any one thread at a time.
+
+    Raises OSError, and later sqlite3.Error.
+    """
+    try:
+        # Not mode=ro: who reads a WAL takes part in its index.
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=0, isolation_level=None, check_same_thread=False
+        )
+    except sqlite3.Error as error:
+        raise OSError(f"{path}: {error}") from error
+    connection.execute("pragma query_only = on")
+    return Database(connection)
+
+
 @contextlib.contextmanager
 def transaction(db: Database) -> Iterator[None]:
     """One transaction. It takes the write lock first: one that reads before it writes could not wait for others."""
@@ -46,6 +62,31 @@ def transaction(db: Database) -> Iterator[None]:
     except BaseException:
         db.conn.rollback()
         raise
+
+
+@contextlib.contextmanager
+def changing(db: Database) -> Iterator[None]:
+    """One transaction, after which all is in the file itself.
+
+    What stayed in the WAL would be played back into a copy that somebody puts in the file's place.
+    """
+    with transaction(db):
+        yield
+    empty_wal(db)
+
+
+def empty_wal(db: Database) -> None:
+    with contextlib.suppress(sqlite3.Error):  # what was changed is kept all the same
+        db.conn.execute("pragma wal_checkpoint(truncate)").fetchone()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What SQLite says of the file is an OSError that names it."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def identity(path: Path) -> Identity | None:

@@ -6,16 +6,17 @@ noted on the event loop.
 
 import asyncio
 import contextlib
-import functools
 import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gateway.asking import LLAMA_CPP, Asker, Found, NoAnswer, Probe, Told, late
-from gateway.config import Health as HealthConfig
 from gateway.servers import Server
+from gateway.settings import Config
+from gateway.settings import Health as HealthConfig
+from gateway.settings import Server as ServerConfig
+from gateway.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 REFRESH_S = 30.0
 # A server that will be back soon is asked more often: a model loads in seconds, a process restarts within one.
 SOON_S = 0.5
+# A new server gets its requests when it has told its models, or when this has passed.
+INTRODUCTION_S = 2.0
 # `ask_soon` may come with every request that fails.
 MIN_GAP_S = 0.1
 
@@ -40,37 +43,82 @@ class Prober:
         learn: Callable[[], None],
         changed: Callable[[], None],
     ) -> None:
+        self._learn = learn
         self._changed = changed
-        self._give_up_s = config.timeout_s + 1
-        self._watches = {server: _Watch(server, config, learn, self._after_round) for server in servers}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._config = config
+        self._watches = {server: self._watch(server, server.config, config) for server in servers}
         self._asked_once = asyncio.Event()
 
     def start(self) -> None:
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per question says nothing
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(watch.run()) for watch in self._watches.values()]
+        for watch in self._watches.values():
+            watch.start()
+        self._note_asked()  # there may be none to ask
 
     def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        for watch in self._watches.values():
+            watch.stop()
+
+    def prepare(self, servers: Sequence[Server], config: Config) -> "dict[Server, Watch]":
+        """What `reconfigure` needs for another config: watches that may stay, and new ones for all that differs.
+
+        Blocks; changes nothing. A CA file that a server is known by may have other CAs now: it is read again.
+        `servers`: those of `config.servers`, in its order. Raises OSError when a CA file can't be used.
+        """
+
+        def watch(server: Server, record: ServerConfig) -> Watch:
+            kept = self._watches.get(server)
+            if kept and (server.config, self._config) == (record, config.health) and not record.ca_file:
+                return kept
+            return self._watch(server, record, config.health)
+
+        return {server: watch(server, record) for server, record in zip(servers, config.servers, strict=True)}
+
+    async def introduce(self, watches: "Mapping[Server, Watch]") -> None:
+        """Ask servers that are new for the first time, so that they are known when they get requests; not for long."""
+        new = [watch for server, watch in watches.items() if server not in self._watches]
+        for watch in new:
+            watch.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(INTRODUCTION_S):
+                for watch in new:
+                    await watch.asked_once.wait()
+
+    def drop(self, watches: "Mapping[Server, Watch]") -> None:
+        """They were prepared in vain."""
+        for server, watch in watches.items():
+            if watch is not self._watches.get(server):
+                watch.stop()
+
+    def reconfigure(self, watches: "dict[Server, Watch]", config: HealthConfig) -> None:
+        """Go over to what was prepared."""
+        before, self._watches, self._config = self._watches, watches, config
+        self.drop(before)
+        self.start()
 
     def ask_soon(self, server: Server) -> None:
-        """Something is wrong with a server: ask it now."""
-        self._watches[server].ask_soon()
+        """Something is wrong with a server: ask it now, unless it is none of ours any more."""
+        if watch := self._watches.get(server):
+            watch.ask_soon()
 
     async def asked_once(self) -> None:
         """Wait, briefly, until every server was asked for the first time."""
         if not self._asked_once.is_set():
             try:
-                await asyncio.wait_for(self._asked_once.wait(), self._give_up_s)
+                await asyncio.wait_for(self._asked_once.wait(), self._config.timeout_s + 1)
             except TimeoutError:
                 log.warning("not all servers have been asked yet")
 
+    def _watch(self, server: Server, record: ServerConfig, config: HealthConfig) -> "Watch":
+        return Watch(server, Asker(record, config.timeout_s), config, self._learn, self._after_round)
+
     def _after_round(self) -> None:
-        if all(watch.asked_once for watch in self._watches.values()):
-            self._asked_once.set()
+        self._note_asked()
         self._changed()
+
+    def _note_asked(self) -> None:
+        if all(watch.asked_once.is_set() for watch in self._watches.values()):
+            self._asked_once.set()
 
 
 def next_in_s(interval_s: float, found: Found, state: str) -> float:
@@ -79,18 +127,24 @@ def next_in_s(interval_s: float, found: Found, state: str) -> float:
     return min(interval_s, SOON_S) if answers_at_once and state in ("loading", "down") else interval_s
 
 
-class _Watch:
+class Watch:
     """One server's task."""
 
     def __init__(
-        self, server: Server, config: HealthConfig, learn: Callable[[], None], after_round: Callable[[], None]
+        self,
+        server: Server,
+        asker: Asker,
+        config: HealthConfig,
+        learn: Callable[[], None],
+        after_round: Callable[[], None],
     ) -> None:
-        self.asked_once = False
+        self.asked_once = asyncio.Event()
         self._server = server
         self._config = config
         self._learn = learn
         self._after_round = after_round
-        self._asker = Asker(server.config, config.timeout_s)
+        self._asker = asker
+        self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._thread: asyncio.Future[Any] | None = None
         # Counts the times that it came up, or may have: what it told in an earlier life may not hold any more.
@@ -99,11 +153,20 @@ class _Watch:
         self._models_asked_at = self._slots_asked_at = 0.0
         self._problem: str | None = None
 
+    def start(self) -> None:
+        self._task = self._task or asyncio.get_running_loop().create_task(self._run())
+
+    def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+        if self._thread:  # nobody wants to know any more what comes of it
+            self._thread.cancel()
+
     def ask_soon(self) -> None:
         self._life += 1
         self._wake.set()
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         while True:
             began = time.monotonic()
             self._wake.clear()
@@ -112,7 +175,7 @@ class _Watch:
                 interval_s = await self._round()
             except Exception:
                 log.exception("asking server %s failed", self._server.name)
-            self.asked_once = True
+            self.asked_once.set()
             try:
                 self._after_round()
             except Exception:
@@ -223,22 +286,5 @@ class _Watch:
             await asyncio.wait({self._thread}, timeout=self._config.timeout_s)
             if not self._thread.done():
                 raise TimeoutError
-        self._thread = thread = _start_thread(work)
+        self._thread = thread = start_thread(work, "asking")
         return await asyncio.wait_for(asyncio.shield(thread), self._config.timeout_s)
-
-
-def _start_thread[T](work: Callable[[], T]) -> asyncio.Future[T]:
-    """Not a ThreadPoolExecutor's, which Python waits for at its end, however long a server hangs."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            settle = functools.partial(done.set_result, work())
-        except Exception as error:
-            settle = functools.partial(done.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle)
-
-    threading.Thread(target=run, name="asking", daemon=True).start()
-    return done

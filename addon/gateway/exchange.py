@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from gateway import wire
 from gateway.auth import Caller
 from gateway.balancer import Search
+from gateway.endpoints import canonical
 from gateway.failover import Failure
+from gateway.quota import Ask
 from gateway.records import MAX_TEXT, Row
 from gateway.relay import Relay
 from gateway.servers import Server
@@ -41,6 +43,8 @@ class Exchange:
     fields: tuple[tuple[bytes, bytes], ...] = ()  # the client's headers, as they came
     body: bytes = b""
     request_bytes: int = 0
+    asks: list[Ask] = field(default_factory=list)  # as it was admitted: what it holds, and of what
+    limit_headers: dict[str, str] = field(default_factory=dict)  # what is left of its limits
     search: Search | None = None  # for a server; from when it is known what is wanted
     fallback_from: str | None = None  # the model that was wanted, when another one answers
     waited_s: float = 0.0  # for a server, over all attempts
@@ -83,6 +87,11 @@ class Exchange:
         choice = self.search.choice if self.search else None
         return choice.route if choice and self.attempts < 2 else "retry" if choice else None
 
+    @property
+    def meaning(self) -> str:
+        """The endpoint as its server understands it, however it is written."""
+        return canonical(self.endpoint)
+
     def release(self) -> None:
         """Give back what was claimed."""
         if self.search:
@@ -119,7 +128,7 @@ class Exchange:
     @property
     def needs_event(self) -> bool:
         """Whether a stream that ends without an event has failed."""
-        return ends_with_mark(self.endpoint)
+        return ends_with_mark(self.meaning)
 
     def can_continue_with(self, status: int, head: Mapping[str, str]) -> bool:
         """Whether another server's answer can go on where this one's events would have begun."""
@@ -136,7 +145,7 @@ class Exchange:
             elif asked.kind == "form":
                 body = wire.with_form_model(body, content_type, model)
         # llama.cpp's timings say it all; a server that we don't know yet is left alone.
-        if server.type == "openai" and asked.stream and not asked.include_usage and self.endpoint in _USAGE_WHEN_ASKED:
+        if server.type == "openai" and asked.stream and not asked.include_usage and self.meaning in _USAGE_WHEN_ASKED:
             self.usage_asked = True
             body = wire.with_usage_asked(body)
         return body
@@ -165,6 +174,7 @@ class Exchange:
             worker=self.worker,
             key_id=self.caller.key_id,
             key_name=self.caller.key_name,
+            team=self.caller.team,
             model=self.asked.model,
             served_model=self.served_model,
             server=self.server.name if self.server else None,
@@ -189,6 +199,8 @@ class Exchange:
     def _add_answer(self, row: Row, relay: Relay) -> None:
         tally = relay.tally
         tokens, row.tokens_source = tally.tokens() if self.status and self.status < 400 else (Tokens(), None)
+        if row.tokens_source == "counted" and not relay.is_stream:  # a whole answer is one piece of any length
+            tokens, row.tokens_source = Tokens(), None
         row.prompt_tokens, row.cached_tokens = tokens.prompt, tokens.cached
         row.completion_tokens, row.reasoning_tokens = tokens.completion, tokens.reasoning
         row.prompt_ms, row.predicted_ms = tally.prompt_ms, tally.predicted_ms

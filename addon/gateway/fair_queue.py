@@ -29,7 +29,7 @@ class FairQueue[T]:
     """Tickets (any hashable) of callers. It doesn't know what they wait for."""
 
     def __init__(self) -> None:
-        self._keys: dict[int, _Key] = {}
+        self._keys: dict[str, _Key] = {}
         self._length = 0
         self._running = 0
 
@@ -113,4 +113,4 @@ class FairQueue[T]:
         key.last_turn = min(max(key.last_turn, least), key.turns)
 
     def _key(self, caller: Caller) -> _Key:
-        return self._keys.setdefault(caller.key_id, _Key())
+        return self._keys.setdefault(caller.scope, _Key())

@@ -7,7 +7,7 @@ let through as a trial, and its end decides. Times are seconds of a monotonic cl
 
 from collections.abc import Callable
 
-from gateway.config import Health as HealthConfig
+from gateway.settings import Health as HealthConfig
 
 # state before, state now, why
 OnChange = Callable[[str, str, str | None], None]
@@ -31,6 +31,9 @@ class Health:
         self._probes_failed = 0
         self._failures = 0
         self._ejections = 0
+
+    def reconfigure(self, config: HealthConfig) -> None:
+        self._config = config
 
     @property
     def state(self) -> str:

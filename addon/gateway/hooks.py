@@ -22,11 +22,13 @@ from mitmproxy.addonmanager import Loader
 from mitmproxy.proxy import mode_specs, server_hooks
 from mitmproxy.proxy.layer import NextLayer
 
-from gateway import headers, layers, startup, stream, upstream_tls
+from gateway import headers, layers, networks, startup, stream, upstream_tls
+from gateway.admin import api
 from gateway.answers import relay_for
+from gateway.auth import Caller
 from gateway.exchange import Exchange
 from gateway.lifecycle import Lifecycle
-from gateway.records import Row, utc_now, uuid7
+from gateway.records import utc_now, uuid7
 from gateway.relay import Relay
 from gateway.replies import Refusal, Reply
 from gateway.service import Service
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "config.yaml"
 OWN_ANSWER_WAITS_S = 1.0
+# A body may take its time to come, and a key may have ended meanwhile.
+KEY_HOLDS_S = 1.0
 
 
 def _gate[**P](hook: Callable[Concatenate["Gateway", http.HTTPFlow, P], Any]) -> Callable[..., Any]:
@@ -65,16 +69,10 @@ def _refusal(error: Exception, where: str) -> Refusal:
     return Refusal(500, "internal_error", "The gateway failed. The request was not sent.")
 
 
-def _free_server(service: Service, exchange: Exchange, outcome: str) -> None:
-    """Give back what was claimed, and learn from an answer that ended well. A fault in either costs no row."""
-    steps = [exchange.release, exchange.release]  # the second does nothing, unless the first has failed
-    if outcome == "ok":
-        steps.append(functools.partial(service.attempts.learn, exchange))
-    for step in steps:
-        try:
-            step()
-        except Exception:
-            log.exception("a fault as a request's server is freed")
+def _address_of(flow: http.HTTPFlow, service: Service) -> str:
+    """Where the client is, as far as proxies that are trusted say so."""
+    forwarded_for = flow.request.headers.get_all("x-forwarded-for")
+    return networks.client_address(flow.client_conn.peername[0], forwarded_for, service.config.trusted_proxies)
 
 
 class Gateway:
@@ -115,13 +113,13 @@ class Gateway:
             data.server.error = "no server of this gateway"
 
     def tls_start_server(self, data: tls.TlsData) -> None:
-        upstream_tls.start(data, self.life.service.router.servers if self.life.service else ())
+        upstream_tls.start(data, self.life.service.router.known() if self.life.service else ())
 
     def server_disconnected(self, data: server_hooks.ServerConnectionHookData) -> None:
         self.connections.server_disconnected(data)
 
     @_gate
-    def requestheaders(self, flow: http.HTTPFlow) -> None:
+    async def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Who is asking? From here on there is an exchange, or a refusal."""
         if flow.error:
             return  # mitmproxy refuses it already
@@ -141,7 +139,15 @@ class Gateway:
             return
         if self.life.draining:
             raise Refusal(503, "shutting_down", "The gateway is shutting down.", headers={"retry-after": "5"})
-        caller = service.authenticator.authenticate(headers.keys_in(request.headers.fields))
+        length = request.headers.get("content-length", "0")
+        body_bytes = int(length) if length.isdigit() else 0
+        if api.is_admin(path):
+            service.admin.authorize(request.headers.fields)
+            if body_bytes > api.MAX_BODY_BYTES:
+                raise api.too_large()
+            stream.take_body(flow, api.MAX_BODY_BYTES)
+            return
+        caller = await self._caller_of(flow, service)
         if service.ledger.is_full:  # nobody is let in whose row there is no room for
             raise service.unbooked()
         exchange = Exchange(
@@ -159,8 +165,7 @@ class Gateway:
         )
         stream.open_exchange(flow, exchange)
         self.life.live[flow.id] = flow
-        length = request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > exchange.max_body_bytes:
+        if body_bytes > exchange.max_body_bytes:
             raise service.too_large()
 
     @_gate
@@ -171,8 +176,11 @@ class Gateway:
         if flow.response:
             return
         if exchange is None:
-            raise Refusal(500, "internal_error", "The gateway failed. The request was not sent.")
+            await self._administer(flow)
+            return
         service = self._ready_service()
+        if time.monotonic() - exchange.started > KEY_HOLDS_S:
+            exchange.caller = await self._caller_of(flow, service)
         exchange.fields = flow.request.headers.fields
         exchange.body = flow.request.raw_content or b""
         exchange.request_bytes = len(exchange.body)
@@ -181,12 +189,28 @@ class Gateway:
         content_type = flow.request.headers.get("content-type", "")
         exchange.asked = service.read(exchange.endpoint, exchange.body, content_type)
         await service.prober.asked_once()
-        if local := service.answer(flow.request.method, exchange):
+        if local := await service.answer(flow.request.method, exchange):
             self._reply(flow, local)
             return
         service.allow(exchange)
+        await service.limiter.admit(exchange)
         if await service.attempts.find(exchange):
+            await service.limiter.admit_fallback(exchange)
             self._dispatch(flow, exchange)
+
+    async def _caller_of(self, flow: http.HTTPFlow, service: Service) -> Caller:
+        """Raises Refusal."""
+        keys = headers.keys_in(flow.request.headers.fields)
+        return await service.authenticator.authenticate(keys, _address_of(flow, service))
+
+    async def _administer(self, flow: http.HTTPFlow) -> None:
+        """A request without an exchange is an administrator's, or there is a fault."""
+        service, request = self._ready_service(), flow.request
+        if not api.is_admin(request.path.partition("?")[0]):
+            raise Refusal(500, "internal_error", "The gateway failed. The request was not sent.")
+        service.admin.authorize(request.headers.fields)
+        address = _address_of(flow, service)
+        self._reply(flow, await service.admin.answer(request.method, request.path, request.raw_content or b"", address))
 
     def _dispatch(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
         """Give the request its destination: the only place that does."""
@@ -215,6 +239,7 @@ class Gateway:
         assert exchange
         try:
             if await service.attempts.find_again(exchange):
+                await service.limiter.admit_fallback(exchange)
                 self._dispatch(flow, exchange)
         except Refusal as refusal:
             if exchange.has_answer and refusal.status != 500:  # the stream goes on with what there is
@@ -310,8 +335,7 @@ class Gateway:
         exchange.settling = True
         try:
             service = self._ready_service()
-            _free_server(service, exchange, outcome)
-            committed = service.ledger.settle(self._final_row(exchange, outcome))
+            committed = service.settler.settle(exchange, outcome)
         except Exception:
             exchange.settling = False  # it is tried again: by `error`, or by the sweep
             raise
@@ -322,17 +346,9 @@ class Gateway:
                 # An answer of our own waits as long as a busy disk may take, not until a broken one is back.
                 await asyncio.wait({committed}, timeout=OWN_ANSWER_WAITS_S)
             exchange.settled = True
-            service.count(outcome)
+            service.vitals.count(outcome)
         finally:
             self.life.live.pop(flow.id, None)
-
-    def _final_row(self, exchange: Exchange, outcome: str) -> Row:
-        try:
-            return exchange.row(outcome, time.monotonic())
-        except Exception:
-            log.exception("what is known of an answer can't be told: its row goes without")
-            exchange.relay = None
-            return exchange.row(outcome, time.monotonic())
 
     def _refuse(self, flow: http.HTTPFlow, refusal: Refusal) -> None:
         exchange = stream.exchange_of(flow)
@@ -360,6 +376,10 @@ class Gateway:
     def _label(self, response: http.Response, exchange: Exchange) -> None:
         """Say in an answer's head which request it was, who answered, and why that server."""
         response.headers["x-request-id"] = exchange.id
+        if exchange.limit_headers:  # a server's own are about what the gateway may use of it
+            for name in [name for name in response.headers if name.lower().startswith("x-ratelimit-")]:
+                del response.headers[name]
+            response.headers.update(exchange.limit_headers)
         if exchange.server:
             response.headers["x-llmproxy-server"] = exchange.server.name
             response.headers["x-llmproxy-route"] = exchange.route or ""

@@ -1,129 +1,74 @@
-"""keys.db: who may come in. Only the SHA-256 of a key is kept; of 256 random bits, a slow hash would buy nothing.
-
-The file is created with mode 0600 and is never published. A running proxy reads it through `KeyReader`, which asks
-SQLite before each request whether anybody changed the file (`PRAGMA data_version`: microseconds), so that a change
-acts at once.
+"""Makes and changes what stands in keys.db. Only the SHA-256 of a key is kept; of 256 random bits, a slow hash would
+buy nothing.
 """
 
-import contextlib
-import hashlib
-import os
-import re
+import builtins
 import secrets
-import sqlite3
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from sqlite_utils import Database
-from sqlite_utils.db import NotFoundError
-from sqlite_utils.migrations import Migrations
+from msgspec import UNSET, UnsetType
 
-from gateway.database import open_database, transaction
-from gateway.patterns import Pattern
+from gateway import audit
+from gateway.audit import Change
+from gateway.database import changing
+from gateway.key_checks import check_key, check_new_name
+from gateway.keyreader import KeyReader as KeyReader
+from gateway.keys import PRIORITIES as PRIORITIES
+from gateway.keys import InUse as InUse
+from gateway.keys import Key as Key
+from gateway.keys import KeyNotFound as KeyNotFound
+from gateway.keys import KeyProblem as KeyProblem
+from gateway.keys import KeysUnavailable as KeysUnavailable
+from gateway.keys import NameTaken as NameTaken
+from gateway.keys import Team as Team
+from gateway.keys import hash_key as hash_key
+from gateway.keys import iso, key_of, parse_expiry, parse_start
+from gateway.keys_schema import open_keys
+from gateway.limits import NONE, Limits
+from gateway.teams import Teams
 
-# A change of a key takes milliseconds; somebody who runs many at once waits for each.
-BUSY_TIMEOUT_S = 5.0
+ACTOR = "scripts/keys"
 
-# What a key's requests are when they wait for a server: a class of a lower number goes first.
-PRIORITIES = {"high": 0, "normal": 1, "low": 2}
+MAX_ID = 2**63 - 1
 
-# A thousand to one starves the others, or oneself, for every use but a mistake.
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
-
-migrations = Migrations("llmproxy-keys")
+# Gives a new key to whom it is for. When it raises, the key was not made.
+type HandOver = Callable[[Key, str], None]
 
 
-class KeyProblem(Exception):
-    """A key can't be made or changed; `str` says why, to a person."""
+class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is to change of a key; what is left out stays. None: no team, no such time.
 
-
-class KeysUnavailable(Exception):
-    """keys.db can't be read. Nobody may come in until it can."""
-
-
-class Key(msgspec.Struct, frozen=True):
-    """A key as it is kept: times are UTC ISO 8601, `models` are patterns (empty: all).
-
-    `weight`: its share among the waiting keys of its class, relative to theirs. `priority`: a name of PRIORITIES.
+    `expires_at`, `not_before`: as `keys.parse_expiry` and `parse_start` read them.
     """
 
-    id: int
-    name: str
-    hint: str
-    created_at: str
-    disabled: bool
-    expires_at: str | None
-    models: tuple[str, ...]
-    weight: float = 1
-    priority: str = "normal"
-
-    def state(self, now: str) -> str:
-        if self.disabled:
-            return "disabled"
-        return "expired" if self.expires_at is not None and self.expires_at <= now else "active"
-
-
-@migrations()
-def m001_keys(db: Database) -> None:
-    # "autoincrement" keeps the ids of deleted keys from being given again: rows of `requests` go on naming them.
-    db.execute(
-        "create table keys ("
-        "id integer primary key autoincrement, "
-        "name text not null unique, "
-        "hash text not null unique, "
-        "hint text not null, "
-        "created_at text not null, "
-        "disabled integer not null default 0, "
-        "expires_at text, "
-        "models text not null default '[]')"
-    )
-
-
-@migrations()
-def m002_fair_queue(db: Database) -> None:
-    db.execute("alter table keys add column weight real not null default 1")
-    db.execute("alter table keys add column priority text not null default 'normal'")
-
-
-def hash_key(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def iso(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-
-
-def parse_expiry(text: str, now: datetime) -> str:
-    """A span (90d, 12h), a date (valid through it) or an ISO 8601 time -> UTC ISO 8601. Raises ValueError."""
-    try:
-        return iso(_expiry(text, now))
-    except OverflowError:
-        raise ValueError(f"expected a nearer time than {text!r}; a key without one never expires") from None
-
-
-def _expiry(text: str, now: datetime) -> datetime:
-    relative = re.fullmatch(r"(\d{1,6})([dhm])", text)
-    if relative:
-        unit = {"d": "days", "h": "hours", "m": "minutes"}[relative[2]]
-        return now + timedelta(**{unit: int(relative[1])})
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(
-            f"expected a date (2027-01-31), a time (2027-01-31T18:00Z) or 90d, 12h, 30m; got {text!r}"
-        ) from None
-    if "T" not in text and ":" not in text:
-        moment += timedelta(days=1)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    name: str | UnsetType = UNSET
+    disabled: bool | UnsetType = UNSET
+    expires_at: str | UnsetType | None = UNSET
+    not_before: str | UnsetType | None = UNSET
+    models: tuple[str, ...] | UnsetType = UNSET
+    endpoints: tuple[str, ...] | UnsetType = UNSET
+    networks: tuple[str, ...] | UnsetType = UNSET
+    weight: float | UnsetType = UNSET
+    priority: str | UnsetType = UNSET
+    team: str | UnsetType | None = UNSET
+    limits: Limits | UnsetType = UNSET
 
 
 class KeyStore:
-    """Makes and changes keys. Every method is one transaction."""
+    """Keys, by name or by id; `teams`; and the audit of both. Every method is one transaction and raises KeyProblem.
 
-    def __init__(self, path: Path) -> None:
-        self._db = _open(path)
+    `actor`: who does it, for the audit. `now`: the time. Not `create`: the file must be there, or OSError.
+    """
+
+    def __init__(
+        self, path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC), *, create: bool = True
+    ) -> None:
+        self._db = open_keys(path, create=create)
+        self._now = now
+        self.teams = Teams(self._db, now)
 
     def close(self) -> None:
         self._db.close()
@@ -134,151 +79,168 @@ class KeyStore:
         *,
         models: tuple[str, ...] = (),
         expires_at: str | None = None,
+        not_before: str | None = None,
         weight: float = 1,
         priority: str = "normal",
+        team: str | None = None,
+        limits: Limits = NONE,
+        endpoints: tuple[str, ...] = (),
+        networks: tuple[str, ...] = (),
+        actor: str = ACTOR,
+        hand_over: HandOver = lambda key, secret: None,
     ) -> tuple[Key, str]:
-        """Returns the record and the key itself, which is nowhere kept. Raises KeyProblem."""
-        if not name.strip() or len(name) > 200 or not name.isprintable():
-            raise KeyProblem(f"{name!r} is no name for a key: expected 1 to 200 printable characters")
-        for model in models:
-            try:
-                Pattern(model)
-            except ValueError as error:
-                raise KeyProblem(f"--model: {error}") from None
-        _check_limits(weight, priority)
-        key = _new_key()
-        row = {
-            "name": name,
-            **_secret_columns(key),
-            "created_at": iso(datetime.now(UTC)),
-            "expires_at": expires_at,
-            "models": msgspec.json.encode(models).decode(),
-            "weight": weight,
-            "priority": priority,
-        }
-        try:
-            with transaction(self._db):
-                self._db.table("keys").insert(row)
-        except sqlite3.IntegrityError:
-            raise KeyProblem(
-                f"there is a key named {name!r} already; revoke it, rotate it or choose another name"
-            ) from None
-        return self.get(name), key
+        """Returns the record and the key itself, which is nowhere kept. Times as in `Changes`."""
+        secret = _new_key()
+        now = self._now()
+        key = Key(
+            id=0,
+            name=name,
+            hint=_hint(secret),
+            created_at=iso(now),
+            disabled=False,
+            expires_at=_time("expires_at", expires_at, now),
+            models=models,
+            weight=weight,
+            priority=priority,
+            team=team,
+            limits=limits,
+            endpoints=endpoints,
+            networks=networks,
+            not_before=_time("not_before", not_before, now),
+        )
+        _check_new(key)
+        with changing(self._db):
+            self._free(name)
+            self._db.table("keys").insert({**_columns(key), "hash": hash_key(secret)})
+            made = self.get(name)
+            self._record(actor, Change("create", "key", name, new=_facts(made)))
+            hand_over(made, secret)
+        return made, secret
 
-    def list(self) -> list[Key]:
-        return [_record(row) for row in self._db.query("select * from keys order by id")]
+    def list(self) -> builtins.list[Key]:
+        return [key_of(row) for row in self._db.query("select * from keys order by id")]
 
-    def get(self, name: str) -> Key:
-        try:
-            return _record(next(self._db.query("select * from keys where name = ?", [name])))
-        except StopIteration:
-            raise KeyProblem(f"there is no key named {name!r}") from None
+    def get(self, key: str | int) -> Key:
+        column, known_as = ("id", "with the id") if isinstance(key, int) else ("name", "named")
+        # SQLite can't be asked for numbers of more than 64 bits, nor for text that is no Unicode.
+        can_be = 0 < key <= MAX_ID if isinstance(key, int) else key.isprintable()
+        row = next(self._db.query(f"select * from keys where {column} = ?", [key]), None) if can_be else None
+        if row is None:
+            raise KeyNotFound(f"there is no key {known_as} {key!r}", column)
+        return key_of(row)
 
-    def rotate(self, name: str) -> tuple[Key, str]:
-        """A new key for the same name and rules; the old one ends at once."""
-        key = _new_key()
-        self._update(name, _secret_columns(key))
-        return self.get(name), key
+    def change(
+        self, key: str | int, changes: Changes | Callable[[Key], Changes], *, actor: str = ACTOR, action: str = "change"
+    ) -> Key:
+        """`changes`: what to change, or what says it of the key as it is."""
+        with changing(self._db):
+            old = self.get(key)
+            new = _changed(old, changes(old) if callable(changes) else changes, self._now())
+            _check_new(new, old)
+            if new.name != old.name:
+                self._free(new.name)
+            self._db.table("keys").update(old.id, _columns(new))
+            self._record(actor, Change(action, "key", old.name, old=_facts(old), new=_facts(new)))
+        return new
 
-    def set_disabled(self, name: str, disabled: bool) -> Key:
-        self._update(name, {"disabled": int(disabled)})
-        return self.get(name)
+    def set_disabled(self, key: str | int, disabled: bool, *, actor: str = ACTOR) -> Key:
+        return self.change(key, Changes(disabled=disabled), actor=actor, action="disable" if disabled else "enable")
 
-    def set_limits(self, name: str, *, weight: float | None = None, priority: str | None = None) -> Key:
-        """Change what is given, one or both. Raises KeyProblem."""
-        given = {"weight": weight, "priority": priority}
-        changes = {column: value for column, value in given.items() if value is not None}
-        if not changes:
-            raise KeyProblem(f"nothing to change: give --weight W, --priority {'|'.join(PRIORITIES)}, or both")
-        key = self.get(name)
-        _check_limits(changes.get("weight", key.weight), changes.get("priority", key.priority))
-        self._update(name, changes)
-        return self.get(name)
+    def rotate(
+        self,
+        key: str | int,
+        overlap_s: float = 0,
+        *,
+        actor: str = ACTOR,
+        hand_over: HandOver = lambda key, secret: None,
+    ) -> tuple[Key, str]:
+        """A new key for the same name and rules. The one before it holds for `overlap_s` more; any older one ends."""
+        secret = _new_key()
+        until = _until(self._now(), overlap_s)
+        with changing(self._db):
+            old = self.get(key)
+            new = msgspec.structs.replace(old, hint=_hint(secret), old_until=until)
+            self._db.conn.execute(
+                "update keys set hash = ?, hint = ?, old_hash = iif(?, hash, null), old_until = ? where id = ?",
+                [hash_key(secret), new.hint, until is not None, until, old.id],
+            )
+            self._record(actor, Change("rotate", "key", old.name, old=_facts(old), new=_facts(new)))
+            hand_over(new, secret)
+        return new, secret
 
-    def revoke(self, name: str) -> Key:
+    def revoke(self, key: str | int, *, actor: str = ACTOR) -> Key:
         """Delete the key. Rows of `requests` keep its id and name."""
-        key = self.get(name)
-        with transaction(self._db):
-            self._db.table("keys").delete(key.id)
-        return key
+        with changing(self._db):
+            old = self.get(key)
+            self._db.table("keys").delete(old.id)
+            self._record(actor, Change("revoke", "key", old.name, old=_facts(old)))
+        return old
 
-    def _update(self, name: str, values: dict[str, Any]) -> None:
-        key = self.get(name)
-        with transaction(self._db):
-            try:
-                self._db.table("keys").update(key.id, values)
-            except NotFoundError:
-                raise KeyProblem(f"there is no key named {name!r}") from None
+    def audit(self, limit: int, offset: int = 0) -> builtins.list[audit.Entry]:
+        """The newest first."""
+        return audit.entries(self._db, limit, offset)
 
+    def audit_total(self) -> int:
+        return audit.total(self._db)
 
-class KeyReader:
-    """The proxy's view of keys.db: hash -> key, read again whenever the file has changed."""
+    def _free(self, name: str) -> None:
+        if next(self._db.query("select id from keys where name = ?", [name]), None) is not None:
+            raise NameTaken(
+                f"there is a key named {name!r} already; revoke it, rotate it or choose another name", "name"
+            )
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._db = _open(path)
-        self._seen: tuple[int, int, int] | None = None
-        self._keys: dict[str, Key] = {}
-
-    def close(self) -> None:
-        self._db.close()
-
-    def find(self, key: str) -> Key | None:
-        """The record of a key. Raises KeysUnavailable."""
-        try:
-            self._refresh()
-        except (OSError, sqlite3.Error, msgspec.DecodeError, KeyProblem) as error:
-            self._seen = None
-            raise KeysUnavailable(str(error)) from error
-        return self._keys.get(hash_key(key))
-
-    def _refresh(self) -> None:
-        stat = self._path.stat()
-        file = (stat.st_dev, stat.st_ino)
-        if self._seen is None or self._seen[:2] != file:  # replaced, say by a restored copy
-            self._db.close()
-            self._db = _open(self._path)
-        (version,) = self._db.conn.execute("pragma data_version").fetchone()
-        if self._seen != (*file, version):
-            self._keys = {row["hash"]: _record(row) for row in self._db.query("select * from keys")}
-            self._seen = (*file, version)
+    def _record(self, actor: str, change: Change) -> None:
+        audit.record(self._db, self._now(), actor, change)
 
 
-def _open(path: Path) -> Database:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    path.chmod(0o600)
-    return open_database(path, migrations, busy_timeout_s=BUSY_TIMEOUT_S)
+def _check_new(key: Key, old: Key | None = None) -> None:
+    check_key(key)
+    if old is None or key.name != old.name:
+        check_new_name(key.name)
+    if key.team is not None and (old is None or key.team != old.team):
+        check_new_name(key.team, "team")
 
 
 def _new_key() -> str:
     return "sk-" + secrets.token_urlsafe(32)
 
 
-def _secret_columns(key: str) -> dict[str, str]:
-    # Enough of the key to recognise it by, far too little to guess it from.
-    return {"hash": hash_key(key), "hint": f"{key[:7]}…{key[-4:]}"}
+def _hint(secret: str) -> str:
+    """Enough of a key to recognise it by, far too little to guess it from."""
+    return f"{secret[:7]}…{secret[-4:]}"
 
 
-def _check_limits(weight: object, priority: object) -> None:
-    # Not a number is not above 0 either.
-    if not isinstance(weight, int | float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
-        raise KeyProblem(f"--weight: expected a number from {MIN_WEIGHT} to {MAX_WEIGHT}, got {weight!r}")
-    if priority not in PRIORITIES:
-        raise KeyProblem(f"--priority: expected one of {', '.join(PRIORITIES)}, got {priority!r}")
+def _changed(key: Key, changes: Changes, now: datetime) -> Key:
+    given = {name: value for name, value in msgspec.structs.asdict(changes).items() if value is not UNSET}
+    for field in ("expires_at", "not_before"):
+        if field in given:
+            given[field] = _time(field, given[field], now)
+    return msgspec.structs.replace(key, **given)
 
 
-def _record(row: dict[str, Any]) -> Key:
-    _check_limits(row["weight"], row["priority"])
-    return Key(
-        id=row["id"],
-        name=row["name"],
-        hint=row["hint"],
-        created_at=row["created_at"],
-        disabled=bool(row["disabled"]),
-        expires_at=row["expires_at"],
-        models=tuple(msgspec.json.decode(row["models"], type=list[str])),
-        weight=row["weight"],
-        priority=row["priority"],
-    )
+def _time(field: str, text: str | None, now: datetime) -> str | None:
+    if text is None:
+        return None
+    try:
+        return parse_expiry(text, now) if field == "expires_at" else parse_start(text, now)
+    except ValueError as error:
+        raise KeyProblem(str(error), field) from None
+
+
+def _until(now: datetime, overlap_s: float) -> str | None:
+    if not 0 <= overlap_s <= timedelta(days=3650).total_seconds():  # not a number is not either
+        raise KeyProblem(f"expected seconds, 0 or more, at most ten years; got {overlap_s!r}", "overlap_s")
+    return iso(now + timedelta(seconds=overlap_s)) if overlap_s else None
+
+
+def _columns(key: Key) -> dict[str, object]:
+    """What a row of `keys` holds of a record; the hashes are not in it."""
+    columns = {name: value for name, value in msgspec.structs.asdict(key).items() if name != "id"}
+    for name in ("models", "endpoints", "networks", "limits"):
+        columns[name] = msgspec.json.encode(columns[name]).decode()
+    return columns
+
+
+def _facts(key: Key) -> dict[str, object]:
+    facts = msgspec.to_builtins(key)
+    return {name: value for name, value in facts.items() if name != "created_at"}

@@ -15,7 +15,7 @@ from mitmproxy.proxy.layers.http import GetHttpConnection, HTTPMode
 
 from gateway.http1 import BoundedHttp1Server
 from gateway.stream import GatewayStream
-from gateway.upstream import ServerConnections, Sink
+from gateway.upstream import ServerConnections, Sink, is_retired
 
 
 class GatewayLayer(HttpLayer):
@@ -39,6 +39,8 @@ class GatewayLayer(HttpLayer):
         yield from self.event_to_child(stream, events.Start())
 
     def get_connection(self, event: GetHttpConnection, *, reuse: bool = True) -> CommandGenerator[None]:
+        in_use = {stream.context.server for stream in self.streams.values()}
+        self._servers.spent.update(c for c in self.connections if is_retired(c) and c not in in_use)
         # The base class remembers a failed connection for as long as the client stays, and would never try that server
         # again; it also keeps closed ones.
         for connection in [c for c in self.connections if isinstance(c, Server) and self._is_over(c)]:

@@ -1,69 +1,62 @@
-"""The only writer of usage.db: a thread that commits whatever waits as one transaction.
+"""The only writer of usage.db: a thread that commits whatever waits as one transaction, in the order of its coming.
 
 A row is opened at admission and settled once; whoever settles awaits the commit, so that nobody sees the end of an
-answer whose row a crash could lose. When the disk fails, rows wait in memory, `healthy` turns false (requests are then
-refused rather than served unbooked), and writing is tried again until it works.
+answer whose row a crash could lose. What limits count is in the same file, and in the same commit as the row that it
+is about. When the disk fails, rows wait in memory, `healthy` turns false (requests are then refused rather than served
+unbooked), and writing is tried again until it works.
 """
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
 import sqlite3
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from gateway import schema
-from gateway.database import Identity, identity, open_database, transaction
+from gateway.bookkeeper import Bookkeeper
+from gateway.limits import Rule
+from gateway.quota import Ask, CountersUnavailable, Decision, LimitEvent, Settlement, Standing
 from gateway.records import Row, ServerEvent, uuid7
+from gateway.worker_lock import WorkerLock
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
-# Several workers share the file; each holds it for a few milliseconds at a time.
-BUSY_TIMEOUT_S = 1.0
 # Rows of refused requests that wait for a broken disk: some ten megabytes of them.
 MAX_WAITING_ROWS = 10_000
 # What is left when the process ends is tried this often, then logged.
 LAST_ATTEMPTS = 5
 
-_COLUMNS = Row.__struct_fields__
-_INSERT = f"insert into requests ({', '.join(_COLUMNS)}) values ({', '.join(':' + name for name in _COLUMNS)})"
-_EVENT_COLUMNS = ServerEvent.__struct_fields__
-_EVENT_VALUES = ", ".join(":" + name for name in _EVENT_COLUMNS)
-_WRITE_EVENT = f"insert into server_events ({', '.join(_EVENT_COLUMNS)}) values ({_EVENT_VALUES})"
-# What is known at admission does not change any more, and is not written again: indexes stand on it.
-_KNOWN_AT_ADMISSION = {"id", "started_at", "key_id", "key_name", "endpoint", "worker", "client_request_id"}
-_WRITE = (
-    f"{_INSERT} on conflict (id) do update set "
-    + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name not in _KNOWN_AT_ADMISSION)
-    + " where outcome = 'open'"
-)
-
 
 class Ledger:
-    """usage.db of one worker. `open` and `settle` are for the event loop; all SQL runs in the writer's thread."""
+    """usage.db of one worker. Its methods are for the event loop; all SQL runs in the writer's thread.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `clock`: seconds since 1970, for what limits count.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.worker = uuid7()
         self.healthy = True
         self.rows_settled = 0
-        self._rollups = schema.rollup_statements()
-        self._waiting: list[_Write] = []
+        self._clock = clock
+        self._waiting: list[_Entry] = []
         self._wake = threading.Condition()
         self._closing = False
-        self._lock = _WorkerLock(path.parent / "workers", self.worker)
-        self._db = open_database(path, schema.usage, busy_timeout_s=BUSY_TIMEOUT_S)
-        self._identity: Identity | None = identity(path)
+        self._lock = WorkerLock(path.parent / "workers", self.worker)
+        self._books = Bookkeeper(path)
         self._interrupt_rows_of_the_dead()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
+
+    @property
+    def path(self) -> Path:
+        return self._books.path
 
     @property
     def is_full(self) -> bool:
@@ -72,18 +65,31 @@ class Ledger:
 
     def open(self, row: Row) -> None:
         """Queue an open row, or what more is known of it. Nobody waits for it: the settlement carries all again."""
-        self._put(_Write(row))
+        self._put(_Entry(row, lambda: self._books.open_row(row)))
 
-    def settle(self, row: Row) -> "asyncio.Future[None]":
-        """Queue a final row. The future is done once it is committed, or fails with OSError if it never can be."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._put(_Write(row, future))
-        return future
+    def settle(self, row: Row, settlements: Sequence[Settlement] = ()) -> "asyncio.Future[None]":
+        """Queue a final row, with what it means to the counters. The future is done once both are committed, or fails
+        with OSError if they never can be.
+        """
+        write = partial(self._settle, row, settlements)
+        return self._await(_Entry(row, write, is_final=True, give_up=partial(self._give_up, settlements)))
 
-    def note(self, event: ServerEvent) -> None:
-        """Queue a server's event. Nobody waits for it; after `close` it is only in the log."""
+    def note(self, event: ServerEvent | LimitEvent) -> None:
+        """Queue an event. Nobody waits for it; after `close` it is only in the log."""
         if not self._closing:
-            self._put(_Write(event))
+            self._put(_Entry(event, lambda: self._books.note(event, self.worker)))
+
+    async def admit(self, ask: Ask) -> Decision:
+        """Let a request in, or not. Raises CountersUnavailable."""
+        entry = _Entry(None, lambda: self._books.accounts.admit(ask, self._clock()))
+        decision: Decision = await self._await(entry)
+        return decision
+
+    async def standings(self, rules: tuple[Rule, ...]) -> tuple[Standing, ...]:
+        """How much of these is used now. Raises CountersUnavailable."""
+        entry = _Entry(None, lambda: self._books.accounts.standings(rules, self._clock()))
+        standings: tuple[Standing, ...] = await self._await(entry)
+        return standings
 
     def close(self, *, keep_lock: bool = False) -> None:
         """Write what waits and stop. Rows that can't be written within a few retries are logged: they are lost.
@@ -97,11 +103,16 @@ class Ledger:
         if not keep_lock:
             self._lock.release()
 
-    def _put(self, write: "_Write") -> None:
+    def _await(self, entry: "_Entry") -> "asyncio.Future[Any]":
+        entry.future = asyncio.get_running_loop().create_future()
+        self._put(entry)
+        return entry.future
+
+    def _put(self, entry: "_Entry") -> None:
         with self._wake:
             if self._closing:
                 raise RuntimeError("the ledger is closed")
-            self._waiting.append(write)
+            self._waiting.append(entry)
             self._wake.notify()
 
     def _run(self) -> None:
@@ -113,6 +124,7 @@ class Ledger:
                 self.healthy, left = False, batch
                 with contextlib.suppress(BaseException):
                     log.exception("the ledger failed; it tries again")
+            left = _without_questions(left)
             if not left:
                 continue
             with self._wake:
@@ -120,12 +132,12 @@ class Ledger:
                 if self._closing:
                     last_attempts -= 1
                 if not last_attempts:
-                    log.critical("LOST: %d rows can't be written: %s", len(left), [write.row for write in left])
+                    log.critical("LOST: %d rows can't be written: %s", len(left), [entry.row for entry in left])
                     break
                 self._wake.wait(timeout=RETRY_S)
-        self._db.close()
+        self._books.close()
 
-    def _next_batch(self) -> "list[_Write]":
+    def _next_batch(self) -> "list[_Entry]":
         """Whatever waits; waits for it. Empty at the end."""
         with self._wake:
             while not self._waiting and not self._closing:
@@ -133,11 +145,10 @@ class Ledger:
             batch, self._waiting = self._waiting, []
         return batch
 
-    def _write(self, batch: "list[_Write]") -> "list[_Write]":
+    def _write(self, batch: "list[_Entry]") -> "list[_Entry]":
         """Commit a batch. Returns what has to be tried again later: all of it, or nothing, or the rest."""
         try:
-            self._reopen_if_replaced()
-            self._commit(batch)
+            results = self._commit(batch)
         except Exception as error:
             if _is_trouble_with_the_file(error):
                 was_healthy, self.healthy = self.healthy, False
@@ -146,78 +157,78 @@ class Ledger:
                 return batch
             return self._without_the_impossible(batch)
         was_healthy, self.healthy = self.healthy, True
-        _tell([write.future for write in batch], lambda future: future.set_result(None))
+        self.rows_settled += sum(entry.is_final and bool(result) for entry, result in results)
+        _tell([partial(_resolve, entry.future, result) for entry, result in results if entry.future], batch)
         if not was_healthy:
             log.warning("usage.db can be written again")
         return []
 
-    def _without_the_impossible(self, batch: "list[_Write]") -> "list[_Write]":
-        """One row of a batch can never be written: it must not hold up the others."""
+    def _without_the_impossible(self, batch: "list[_Entry]") -> "list[_Entry]":
+        """One entry of a batch can never be written: it must not hold up the others."""
         if len(batch) == 1:
-            log.critical("LOST: a row can't be written: %s", batch[0].row, exc_info=True)
-            _tell([batch[0].future], lambda future: future.set_exception(OSError("the row can't be written")))
+            (entry,) = batch
+            if entry.row is None:
+                log.error("a limit can't be decided on", exc_info=True)
+                _without_questions(batch)
+                return []
+            log.critical("LOST: a row can't be written: %s", entry.row, exc_info=True)
+            try:
+                entry.give_up()
+            except Exception:
+                log.exception("what its request held is not given back before the next start")
+            if entry.future:
+                _tell([partial(_reject, entry.future, OSError("the row can't be written"))], batch)
             return []
-        for index, write in enumerate(batch):
-            if self._write([write]):
+        for index, entry in enumerate(batch):
+            if self._write([entry]):
                 return batch[index:]
         return []
 
-    def _commit(self, batch: "list[_Write]") -> None:
-        events = [write.row for write in batch if isinstance(write.row, ServerEvent)]
-        final = [write.row for write in batch if isinstance(write.row, Row) and write.future]
-        last = {write.row.id: write.row for write in batch if isinstance(write.row, Row)}
-        for row in final:
-            last.pop(row.id, None)
-        with transaction(self._db):
-            for row in last.values():
-                self._db.conn.execute(_WRITE, _storable(row))
-            for event in events:
-                self._db.conn.execute(_WRITE_EVENT, _storable(event))
-            settled = sum(self._settle(row) for row in final)
-        self.rows_settled += settled
+    def _commit(self, batch: "list[_Entry]") -> "list[tuple[_Entry, Any]]":
+        settled = {entry.row.id for entry in batch if entry.is_final and isinstance(entry.row, Row)}
+        with self._books.transaction():
+            return [
+                (entry, entry.write())
+                for entry in batch
+                if entry.is_final or not (isinstance(entry.row, Row) and entry.row.id in settled)
+            ]
 
-    def _settle(self, row: Row) -> bool:
-        """Write the final row and its roll-ups, once: a row that is settled already stays as it is."""
-        values = _storable(row)
-        if self._db.conn.execute(_WRITE, values).rowcount != 1:
-            log.error("the request %s was settled twice; the first one stands", row.id)
-            return False
-        values["ttft_upto_ms"] = schema.ttft_bucket(row.ttft_ms) if row.ttft_ms is not None else None
-        for statement in self._rollups:
-            self._db.conn.execute(statement, values)
-        return True
+    def _settle(self, row: Row, settlements: Sequence[Settlement]) -> bool:
+        return self._books.settle(row, settlements, self._clock())
 
-    def _reopen_if_replaced(self) -> None:
-        """A file that was deleted or replaced would go on taking rows that nobody could ever read."""
-        found = identity(self.path)
-        if self._identity is not None and found == self._identity:
-            return
-        if self._identity is not None:
-            log.error("usage.db was deleted or replaced while running: it is opened anew")
-            self._identity = None
-            self._db.close()
-        self._db = open_database(self.path, schema.usage, busy_timeout_s=BUSY_TIMEOUT_S)
-        self._identity = identity(self.path)
+    def _give_up(self, settlements: Sequence[Settlement]) -> None:
+        with self._books.transaction():
+            self._books.give_back(settlements, self._clock())
 
     def _interrupt_rows_of_the_dead(self) -> None:
         """Rows that a dead worker left open become `interrupted`. A living worker holds the lock on its own file."""
-        workers = self._db.query("select distinct worker from requests where outcome = 'open'")
-        for worker in {row["worker"] for row in workers} | self._lock.others():
-            if worker == self.worker or not self._lock.is_dead(worker):
-                continue
-            with transaction(self._db):
-                rows = list(self._db.query("select * from requests where outcome = 'open' and worker = ?", [worker]))
-                for values in rows:
-                    self._settle(Row(**{**values, "outcome": "interrupted"}))
-            if rows:
-                log.warning("%d requests were interrupted by a crash; they are marked", len(rows))
+        known = self._books.workers_with_open_rows() | self._books.workers_that_hold() | self._lock.others()
+        for worker in known - {self.worker}:
+            if self._lock.is_dead(worker):
+                self._books.interrupt(worker, self._clock())
+        with self._books.transaction():
+            self._books.accounts.tidy(self._clock())
 
 
-class _Write(msgspec.Struct, frozen=True):
-    """A row to be written; `future`, of a request's final row, is done when it is."""
+class _Entry(msgspec.Struct):
+    """What is to be written: `write` does it, within a transaction. `future` is done with its result once that is
+    committed. `give_up`: what is left to do when it can't be. `row` None: a question, which is asked again rather than
+    kept when the disk fails.
+    """
 
-    row: Row | ServerEvent
-    future: "asyncio.Future[None] | None" = None
+    row: Row | ServerEvent | LimitEvent | None
+    write: Callable[[], Any]
+    is_final: bool = False
+    give_up: Callable[[], None] = lambda: None
+    future: "asyncio.Future[Any] | None" = None
+
+
+def _without_questions(entries: "list[_Entry]") -> "list[_Entry]":
+    """Whoever asked a question is told that there is no answer."""
+    asked = [entry for entry in entries if entry.row is None and entry.future]
+    unavailable = CountersUnavailable("usage.db can't be written")
+    _tell([partial(_reject, entry.future, unavailable) for entry in asked if entry.future], asked)
+    return [entry for entry in entries if entry.row is not None]
 
 
 def _is_trouble_with_the_file(error: Exception) -> bool:
@@ -227,62 +238,24 @@ def _is_trouble_with_the_file(error: Exception) -> bool:
     )
 
 
-def _storable(row: Row | ServerEvent) -> dict[str, Any]:
-    """A row as SQLite takes it. Clients may send bytes that are no text; they become question marks."""
-    values = msgspec.structs.asdict(row)
-    for name, value in values.items():
-        if isinstance(value, str) and not value.isascii():
-            values[name] = value.encode("utf-8", "replace").decode()
-    return values
+def _resolve(future: "asyncio.Future[Any]", result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
-def _tell(futures: "list[asyncio.Future[None] | None]", result: "Callable[[asyncio.Future[None]], None]") -> None:
+def _reject(future: "asyncio.Future[Any]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _tell(steps: Sequence[Callable[[], None]], entries: "Sequence[_Entry]") -> None:
     """Finish futures on their event loop: it is woken once for a whole batch."""
-    waited_for = [future for future in futures if future]
+    loop = next((entry.future.get_loop() for entry in entries if entry.future), None)
 
     def finish() -> None:
-        for future in waited_for:
-            if not future.done():
-                result(future)
+        for step in steps:
+            step()
 
-    if waited_for:
+    if loop and steps:
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            waited_for[0].get_loop().call_soon_threadsafe(finish)
-
-
-class _WorkerLock:
-    """A locked file per worker: the kernel frees it however the worker ends, and no PID can be mistaken for another."""
-
-    def __init__(self, folder: Path, worker: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / worker
-        while True:
-            self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            if os.fstat(self._file).st_nlink:
-                break
-            os.close(self._file)  # before it was locked, another worker took it for a dead one's
-
-    def others(self) -> set[str]:
-        return {path.name for path in self._path.parent.iterdir()} - {self._path.name}
-
-    def is_dead(self, worker: str) -> bool:
-        """Whether nobody holds that worker's lock; then its file is removed."""
-        path = self._path.parent / Path(worker or "-").name
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            path.unlink(missing_ok=True)
-            return True
-        finally:
-            os.close(file)
-
-    def release(self) -> None:
-        self._path.unlink(missing_ok=True)
-        os.close(self._file)
+            loop.call_soon_threadsafe(finish)

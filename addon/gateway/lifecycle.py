@@ -1,4 +1,4 @@
-"""The gateway's life: it starts with a config, sweeps while it runs, and drains before it ends."""
+"""The gateway's life: it starts with a config, goes over to others, sweeps while it runs, and drains before it ends."""
 
 import asyncio
 import logging
@@ -9,9 +9,15 @@ from typing import Any
 
 from mitmproxy import ctx, http
 
-from gateway import config, startup, stream, upstream_tls
+from gateway import reloading, startup, stream, upstream_tls
+from gateway.changes import ReloadReport
+from gateway.config import ConfigError
 from gateway.connections import Connections
+from gateway.records import utc_now
+from gateway.reloading import Reloader
 from gateway.service import Service
+from gateway.settings import Config
+from gateway.watch import FileWatch
 
 log = logging.getLogger(__name__)
 
@@ -31,30 +37,45 @@ class Lifecycle:
         self.connections = Connections()
         self.live: dict[str, http.HTTPFlow] = {}  # flows with an exchange that is not settled
         self.draining = False
+        self._reloader: Reloader | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     def configure(self, path: str | Path) -> None:
-        """Build the service, once: a changed config takes a restart. An error that is logged now stops the start."""
+        """Build the service, once. An error that is logged now stops the start."""
         if self.service is not None:
             return
         try:
-            loaded = config.load(path)
-            upstream_tls.check(loaded.servers)
-            self.service = Service(loaded)
-        except (config.ConfigError, OSError) as error:
+            file = FileWatch(Path(path))
+            first = reloading.read_first(file.path)
+            self.service = Service(first.config, self.reload)
+            self.service.admin.reconfigure(first.declared)
+            self._reloader = Reloader(file, first, self.service, self._applied)
+        except (ConfigError, OSError) as error:
             log.error("%s", error)
         else:
             startup.set_options(self.service.config)
 
     def run(self) -> None:
-        if self.service is None:
+        if self.service is None or self._reloader is None:
             return
-        startup.survive_hangup()
+        startup.on_hangup(self._reloader.hang_up)
         startup.trim_addons()
         startup.listen(self.service.config)
         self.service.prober.start()
         self.connections.start()
+        self._reloader.start()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+
+    async def reload(self, reason: str) -> ReloadReport:
+        """Read the config again."""
+        if self._reloader is None or self.draining:
+            return ReloadReport(utc_now(), False, "the gateway is shutting down")
+        return await self._reloader.reload(reason)
+
+    def _applied(self, before: Config, after: Config) -> None:
+        self.connections.retire(upstream_tls.replace(before.servers, after.servers))
+        if before.first_byte_timeout_s != after.first_byte_timeout_s:
+            startup.set_timeout(after)
 
     def end(self) -> Coroutine[Any, Any, None] | None:
         """At mitmproxy's end: what it shall await. When only the script is reloaded: all is closed, None."""
@@ -66,6 +87,8 @@ class Lifecycle:
     def _close(self) -> None:
         if self._sweeper:
             self._sweeper.cancel()
+        if self._reloader:
+            self._reloader.stop()
         self.connections.stop()
         if self.service:
             service, self.service = self.service, None
@@ -75,6 +98,8 @@ class Lifecycle:
     async def _drain(self, service: Service) -> None:
         """No new requests; running ones end, or are cut at `drain_s`, with their rows settled."""
         self.draining = True
+        if self._reloader:
+            self._reloader.stop()
         stop_now = startup.second_signal()
         startup.stop_listening()
         deadline = time.monotonic() + service.config.drain_s
@@ -130,10 +155,9 @@ def _interrupt(service: Service, flow: http.HTTPFlow, error_code: str) -> None:
     exchange = stream.exchange_of(flow)
     if exchange is None or exchange.settling:
         return
-    exchange.release()
     exchange.client_left()
     if exchange.relay:
         exchange.relay.close()
     exchange.error_code = exchange.error_code or error_code
-    service.ledger.settle(exchange.row(exchange.outcome or "interrupted", time.monotonic()))
+    service.settler.settle(exchange, exchange.outcome or "interrupted")
     exchange.settling = True

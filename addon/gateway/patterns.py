@@ -11,22 +11,23 @@ class Pattern:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.is_exact = False
-        if len(text) > 1 and text.startswith("/") and text.endswith("/"):
-            expression = text[1:-1]
-        else:
-            self.is_exact = "*" not in text and "?" not in text
-            expression = "(?s)" + re2.escape(text).replace(r"\*", ".*").replace(r"\?", ".")
-        try:
-            self._compiled = re2.compile(expression, _quiet())
-        except re2.error as error:
-            raise ValueError(f"{text!r} is no regular expression (RE2's syntax): {_reason(error)}") from None
+        is_expression = len(text) > 1 and text.startswith("/") and text.endswith("/")
+        self.is_exact = not is_expression and "*" not in text and "?" not in text
+        self._compiled = None if self.is_exact else _compiled(text, is_expression)
 
     def matches(self, name: str) -> bool:
-        return self._compiled.fullmatch(name) is not None
+        return name == self.text if self._compiled is None else self._compiled.fullmatch(name) is not None
 
     def __repr__(self) -> str:
         return f"Pattern({self.text!r})"
+
+
+def _compiled(text: str, is_expression: bool) -> "re2._Regexp":
+    plain = text[1:-1] if is_expression else "(?s)" + re2.escape(text).replace(r"\*", ".*").replace(r"\?", ".")
+    try:
+        return re2.compile(plain, _quiet())
+    except re2.error as error:
+        raise ValueError(f"{text!r} is no regular expression (RE2's syntax): {_reason(error)}") from None
 
 
 def _quiet() -> "re2.Options":

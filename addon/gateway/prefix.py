@@ -44,10 +44,21 @@ class PrefixIndex:
         self._marks: dict[int, int] = {}
         self._numbers: dict[str, int] = {}
         self._names: list[str] = []
+        self._unused: list[int] = []  # numbers of servers that are gone
         self._lost: dict[int, int] = {}  # server's number -> what it was sent until then is not believed
 
     def __len__(self) -> int:
         return len(self._marks)
+
+    def resize(self, size: int) -> None:
+        self._size = size
+
+    def forget(self, server: str) -> None:
+        """The server is gone. Its number will be another's, who has cached nothing of what this one was sent."""
+        self.placed.forget(server)
+        if (number := self._numbers.pop(server, None)) is not None:
+            self._lost[number] = self._sent
+            self._unused.append(number)
 
     def find(self, prompt: Prompt) -> dict[str, Match]:
         """Server -> the longest beginning of the prompt that it was sent and should still have."""
@@ -92,10 +103,15 @@ class PrefixIndex:
             self._lost[number] = max(self._lost.get(number, 0), expected.sent)
 
     def _number(self, server: str) -> int:
-        if server not in self._numbers:
-            self._numbers[server] = len(self._names)
-            self._names.append(server)
-        return self._numbers[server]
+        if (number := self._numbers.get(server)) is None:
+            if self._unused:
+                number = self._unused.pop()
+                self._names[number] = server
+            else:
+                number = len(self._names)
+                self._names.append(server)
+            self._numbers[server] = number
+        return number
 
 
 def _first_later(prompt: Prompt) -> int:
@@ -129,6 +145,9 @@ class Placements:
         for name in self._placed:
             self._placed[name] *= self._FADES
         self._placed[server] = self._placed.get(server, 0.0) + 1
+
+    def forget(self, server: str) -> None:
+        self._placed.pop(server, None)
 
     def below_share(self, servers: Sequence[Server], others: float = 0.0) -> list[Server]:
         """The servers that may get a new conversation: never none. `others`: the part that other gateways have."""

@@ -20,6 +20,7 @@ class Row(msgspec.Struct):
     worker: str
     key_id: int | None = None
     key_name: str | None = None
+    team: str | None = None
     model: str | None = None
     served_model: str | None = None
     server: str | None = None
@@ -38,6 +39,8 @@ class Row(msgspec.Struct):
     duration_ms: float | None = None
     prompt_ms: float | None = None
     predicted_ms: float | None = None
+    cost_micros: int | None = None
+    currency: str | None = None
     attempts: int = 0
     request_bytes: int = 0
     response_bytes: int = 0

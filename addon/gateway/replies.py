@@ -63,6 +63,8 @@ def refuse(refusal: Refusal, endpoint: str) -> Reply:
         envelope = {
             "error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code},
         }
+        if endpoint == "/admin" or endpoint.startswith("/admin/"):
+            envelope["detail"] = refusal.message  # where smol-llm-proxy's clients look
     return Reply(status, msgspec.json.encode(envelope), {"content-type": "application/json", **refusal.headers})
 
 

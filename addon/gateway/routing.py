@@ -1,26 +1,51 @@
 """Models and aliases: what a request asks for -> the model as its servers name it, and which servers have it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from gateway.config import Config
 from gateway.health import Health
 from gateway.patterns import Pattern
 from gateway.replies import Refusal
 from gateway.servers import Server
+from gateway.settings import Config
 
 
 class Router:
-    """Servers, models and aliases of one config."""
+    """Servers, models and aliases of the config."""
 
     def __init__(self, config: Config) -> None:
-        self.servers = [Server(server, Health(config.health)) for server in config.servers]
+        self.servers: Sequence[Server] = ()
+        self._leaving: Sequence[Server] = ()
+        self._served: dict[str, list[Server]] = {}
+        self.reconfigure(config, self.successors(config))
+
+    def successors(self, config: Config) -> list[Server]:
+        """The servers of another config, in its order: new ones, and those that it keeps, by name and url. What is
+        known of them, and what runs on them, stays.
+        """
+        old = {server.name: server for server in self.servers}
+        return [
+            kept if (kept := old.get(record.name)) and kept.is_at(record.url) else Server(record, Health(config.health))
+            for record in config.servers
+        ]
+
+    def reconfigure(self, config: Config, successors: Sequence[Server]) -> None:
+        """Go over to another config. Servers that are gone get no new requests; what runs on them ends there."""
+        self._leaving = [server for server in self.known() if server.running and server not in successors]
+        self.servers = successors
+        for server, record in zip(successors, config.servers, strict=True):
+            server.reconfigure(record)
+            server.health.reconfigure(config.health)
         self._default_model = config.default_model
         self._exact_aliases = {alias: model for alias, model in config.aliases.items() if Pattern(alias).is_exact}
         self._patterns = [
             (Pattern(alias), model) for alias, model in config.aliases.items() if not Pattern(alias).is_exact
         ]
-        self._served: dict[str, list[Server]] = {}
         self.learn()
+
+    def known(self) -> Iterator[Server]:
+        """The servers, and those that the config no longer has, for as long as something runs on them."""
+        yield from self.servers
+        yield from (server for server in self._leaving if server.running)
 
     def learn(self) -> None:
         """To be called when a server's models have changed."""

@@ -15,7 +15,8 @@ NONE = "(none)"
 
 # Roll-up column -> what one settled request adds to it, as SQL over the bound columns of `requests`.
 # Tokens of requests that only counted a prompt (count_tokens, input_tokens) are not use: they add nothing.
-USED = "(:endpoint not like '%/count_tokens' and :endpoint not like '%/input_tokens')"
+_COUNTING = ("/v1/messages/count_tokens", "/v1/chat/completions/input_tokens", "/v1/responses/input_tokens")
+USED = f"(:endpoint not in {_COUNTING})"
 ROLLUP_SUMS = {
     "requests": "1",
     "ok": "(:outcome = 'ok')",
@@ -31,8 +32,10 @@ ROLLUP_SUMS = {
     "predicted_ms": "iif(:predicted_ms > 0, :predicted_ms, 0.0)",
     "prompt_ms": "ifnull(:prompt_ms, 0.0)",
     "duration_ms": "ifnull(:duration_ms, 0.0)",
+    "cost_micros": "ifnull(:cost_micros, 0)",
 }
 _REAL = {"predicted_ms", "prompt_ms", "duration_ms"}
+_LATER = {"cost_micros"}  # columns that a later migration adds
 
 # Roll-up table -> its period, cut from started_at (2026-11-21T09:30:00.000Z).
 ROLLUPS = {
@@ -86,7 +89,7 @@ def m001_requests(db: Database) -> None:
 @usage()
 def m002_rollups(db: Database) -> None:
     for table, (period, _) in ROLLUPS.items():
-        sums = {name: float if name in _REAL else int for name in ROLLUP_SUMS}
+        sums = {name: float if name in _REAL else int for name in ROLLUP_SUMS if name not in _LATER}
         keys = {period: str, "key_id": int, "key_name": str, "model": str, "server": str}
         db.table(table).create({**keys, **sums}, pk=tuple(keys), not_null=set(keys) | set(sums))
 
@@ -122,6 +125,50 @@ def m005_servers(db: Database) -> None:
     db.execute("create index server_events_at on server_events (at)")
     db.execute("create index server_events_server on server_events (server, id)")
     db.execute("create index server_events_worker on server_events (worker, server)")
+
+
+@usage()
+def m006_limits(db: Database) -> None:
+    """What requests cost, what is spent of budgets, and the counters of limits: see `accounts`."""
+    db.execute("alter table requests add column team text")
+    db.execute("alter table requests add column cost_micros integer")
+    db.execute("alter table requests add column currency text")
+    for table in ROLLUPS:
+        db.execute(f"alter table {table} add column cost_micros integer not null default 0")
+    amounts = "tokens integer not null, micros integer not null"
+    db.execute(
+        f"create table spend_daily (scope text not null, day text not null, {amounts}, primary key (scope, day)) "
+        "without rowid"
+    )
+    db.table("limit_events").create(
+        {
+            "id": int,
+            "at": str,
+            "scope": str,
+            "per": str,
+            "unit": str,
+            "share": float,
+            "allowed": int,
+            "used": int,
+            "worker": str,
+        },
+        pk="id",
+        not_null={"at", "scope", "per", "unit", "share", "allowed", "used", "worker"},
+    )
+    db.execute("create index limit_events_at on limit_events (at)")
+    db.execute(
+        "create table limit_counters (scope text primary key not null, requests integer not null, "
+        "tokens integer not null, running integer not null, held_tokens integer not null, "
+        "held_micros integer not null, tat real not null) without rowid"
+    )
+    db.execute(
+        "create table limit_log (scope text not null, at real not null, id text not null, requests integer not null, "
+        "tokens integer not null, primary key (scope, at, id, requests)) without rowid"
+    )
+    db.execute(
+        f"create table limit_held (id text not null, scope text not null, worker text not null, at real not null, "
+        f"{amounts}, primary key (id, scope)) without rowid"
+    )
 
 
 def rollup_statements() -> list[str]:

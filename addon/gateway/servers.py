@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from gateway.config import Health as HealthConfig
-from gateway.config import Server as ServerConfig
 from gateway.health import Health
+from gateway.settings import Health as HealthConfig
+from gateway.settings import Server as ServerConfig
 
 # A new value's part in a moving average: the last ten or so count.
 SHARE = 0.2
@@ -49,6 +49,18 @@ class Server:
         self.models = self.config.models or ()
         self.type = self.config.type
         self.slots = self.config.slots
+
+    def reconfigure(self, config: ServerConfig) -> None:
+        """Other settings for the same server. What was learned of it stays where the config leaves it open."""
+        before, self.config = self.config, config
+        self.models = config.models or (self.models if config.models is None else ())
+        if config.type != before.type:
+            self.type = config.type
+        if config.slots != before.slots:
+            self.slots = config.slots
+
+    def is_at(self, url: str) -> bool:
+        return self.config.url.rstrip("/") == url.rstrip("/")
 
     @property
     def name(self) -> str:

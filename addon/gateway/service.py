@@ -1,35 +1,56 @@
 """What a config makes: keys, router, ledger, and the decisions that need several of them. Knows no mitmproxy."""
 
+import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 from gateway import endpoints, wire
+from gateway.admin.api import Admin
+from gateway.admin.desk import Room
 from gateway.attempts import Attempts
-from gateway.auth import Authenticator
+from gateway.auth import Authenticator, Caller
 from gateway.balancer import Balancer
-from gateway.config import Config
+from gateway.books import Books
+from gateway.changes import ReloadReport
 from gateway.discovery import Prober
 from gateway.exchange import Exchange
+from gateway.keys import KeysUnavailable
 from gateway.keystore import KeyReader
 from gateway.ledger import Ledger
+from gateway.limiter import Limiter
+from gateway.limits import Rule
+from gateway.pages.serving import Pages
+from gateway.prices import Prices
 from gateway.records import ServerEvent, utc_now
 from gateway.replies import Refusal, Reply, answer
 from gateway.routing import Router
+from gateway.self_service import SelfService
 from gateway.servers import Server
+from gateway.settings import Config
+from gateway.settling import Settler
+from gateway.shared_counters import SharedCounters
+from gateway.threads import in_thread
 from gateway.usage import FORMATS
+from gateway.vitals import Vitals
 from gateway.wire import Asked
 
 log = logging.getLogger(__name__)
 
+# For reading CA files, and what key sources need.
+PREPARE_TIMEOUT_S = 30.0
+
 
 class Service:
-    """Everything behind the hooks. Raises OSError when its files can't be opened."""
+    """Everything behind the hooks. `reload`: what the admin API asks to have its changes taken over. Raises OSError
+    when its files can't be opened.
+    """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reload: Callable[[str], Awaitable[ReloadReport]]) -> None:
         self.config = config
         self.max_body_bytes = int(config.max_body_mb * 1_000_000)
         self.router = Router(config)
@@ -37,25 +58,93 @@ class Service:
         self.prober = Prober(self.router.servers, config.health, self.router.learn, self.balancer.changed)
         self.attempts = Attempts(config, self.balancer, self.prober)
         self.ledger = Ledger(config.data / "usage.db")
+        self.books = Books(config.data / "usage.db")
+        self._pages = Pages()
         self._keys = KeyReader(config.data / "keys.db")
-        self.authenticator = Authenticator(self._keys, utc_now)
-        self._outcomes: Counter[str] = Counter()
-        self._addresses = {(server.host, server.port) for server in self.router.servers}
+        self.authenticator = Authenticator(config, self._keys, utc_now)
+        storage, worker = config.limits.storage, self.ledger.worker
+        self._shared = None if storage == "local" else SharedCounters(storage, worker)
+        self.limiter = Limiter(config, self._shared or self.ledger, worker)
+        self._self_service = SelfService(self.books, self.limiter, utc_now)
+        self.settler = Settler(self.attempts, self.limiter, self.ledger, self._shared)
+        self.vitals = Vitals(self.router, self.balancer, self.ledger, self._shared)
+        self.admin = Admin(
+            Room(
+                declared=config,
+                keys_db=config.data / "keys.db",
+                books=self.books,
+                router=self.router,
+                waiting=lambda: self.balancer.waiting,
+                limiter=self.limiter,
+                report=lambda: self.report,
+                reload=reload,
+            )
+        )
+        self.report = ReloadReport(utc_now(), True)
+        self._loaded_at = self.report.at
         for server in self.router.servers:
-            server.health.on_change = functools.partial(self._server_changed, server)
+            self._listen_to(server)
 
     def close(self, *, still_running: bool = False) -> None:
         """`still_running`: requests of this process go on, and another service settles them."""
         self.prober.stop()
+        if self._shared:
+            self._shared.close()
         self.ledger.close(keep_lock=still_running)
+        self.authenticator.close()
         self._keys.close()
 
     def is_server(self, address: Any) -> bool:
-        """Whether an address (host, port) is one of the config's servers."""
-        return address is not None and tuple(address[:2]) in self._addresses
+        """Whether an address (host, port) is one of the config's servers, or something still runs there."""
+        return address is not None and tuple(address[:2]) in ((each.host, each.port) for each in self.router.known())
 
-    def count(self, outcome: str) -> None:
-        self._outcomes[outcome] += 1
+    def keys_version(self) -> int | None:
+        """Another number after each change of keys.db. None: it can't be read now."""
+        with contextlib.suppress(KeysUnavailable):
+            return self._keys.version
+        return None
+
+    async def reload(self, config: Config, applied: Callable[[], None]) -> None:
+        """Go over to another config, which has been checked. All that can fail comes first, and then changes nothing;
+        the rest is one step, and `applied` is called in it. Raises ConfigError, OSError and TimeoutError.
+        """
+        servers = self.router.successors(config)
+        for server in servers:
+            self._listen_to(server)
+        watches = await in_thread(lambda: self.prober.prepare(servers, config), "config", PREPARE_TIMEOUT_S)
+        sources = await in_thread(lambda: self.authenticator.prepare(config), "config", PREPARE_TIMEOUT_S)
+        try:
+            await self.prober.introduce(watches)
+        except asyncio.CancelledError:
+            self.prober.drop(watches)
+            raise
+        self.authenticator.apply(config, sources)
+        gone = [server for server in self.router.servers if server not in servers]
+        self.config, self.max_body_bytes = config, int(config.max_body_mb * 1_000_000)
+        self.router.reconfigure(config, servers)
+        self.prober.reconfigure(watches, config.health)
+        self.attempts.reconfigure(config)
+        self.limiter.reconfigure(config)
+        for server in gone:
+            self._server_is_gone(server)
+        self.balancer.reconfigure(config, gone)
+        applied()
+
+    def reloaded(self, report: ReloadReport) -> None:
+        """What became of the config that was read last."""
+        self.report = report
+        if report.ok:
+            self._loaded_at = report.at
+
+    def _listen_to(self, server: Server) -> None:
+        server.health.on_change = functools.partial(self._server_changed, server)
+
+    def _server_is_gone(self, server: Server) -> None:
+        """What becomes of its last requests is no news of a server any more. Its name may go on at another place."""
+        server.health.on_change = lambda before, now, why: None
+        if server.name not in (each.name for each in self.router.servers):
+            before, why = server.health.state, "the config has it no more"
+            self.ledger.note(ServerEvent(utc_now(), server.name, "removed", before, why, self.ledger.worker))
 
     def too_large(self) -> Refusal:
         return Refusal(
@@ -79,18 +168,26 @@ class Service:
     def answer_public(self, method: str, path: str, *, draining: bool) -> Reply | None:
         """Answers that need no key."""
         if path in ("/health", "/v1/health") and method in ("GET", "HEAD"):
-            return self._health(draining)
+            return self.vitals.health(self.report, self._loaded_at, draining=draining)
         if path == "/metrics" and method in ("GET", "HEAD"):
-            return Reply(200, self._metrics().encode(), {"content-type": "text/plain; version=0.0.4"})
-        return None
+            return Reply(200, self.vitals.metrics().encode(), {"content-type": "text/plain; version=0.0.4"})
+        return self._pages.page(method, path, has_admin=bool(self.config.admin_key))
 
-    def answer(self, method: str, exchange: Exchange) -> Reply | None:
+    async def answer(self, method: str, exchange: Exchange) -> Reply | None:
         """Answers of our own to a caller. None: the request goes to a server. Raises Refusal."""
         path = exchange.endpoint
         if path in ("/v1/models", "/models") and method in ("GET", "HEAD"):
             return answer(200, {"object": "list", "data": [_described(name) for name in self._models_for(exchange)]})
         if path.startswith("/v1/models/") and method in ("GET", "HEAD"):
             return self._model(exchange, unquote(path.removeprefix("/v1/models/")))
+        if path == "/v1/usage":
+            if method not in ("GET", "HEAD"):
+                raise Refusal(405, "method_not_allowed", "/v1/usage takes GET.", headers={"allow": "GET, HEAD"})
+            query = exchange.path.partition("?")[2]
+            prices = Prices(self.config.prices.currency, self.config.prices.models)
+            rules = self._rules_of(exchange.caller)
+            usage = await self._self_service.usage(exchange.caller, rules, query, prices)
+            return answer(200, usage, {"cache-control": "no-store"})
         if endpoints.is_reserved(path):
             raise Refusal(404, "not_found", f"There is nothing at {path[:200]}.")
         if endpoints.is_private(path):
@@ -98,6 +195,13 @@ class Service:
                 403, "endpoint_not_allowed", f"{path[:200]} belongs to all users of a server and is not open to keys."
             )
         return None
+
+    def _rules_of(self, caller: Caller) -> Sequence[Rule]:
+        """All that limits a caller, whatever model it asks for."""
+        models = {model for name, model in self.router.visible() if caller.may_use(name, model)}
+        return list(
+            dict.fromkeys(rule for model in (None, *sorted(models)) for rule in self.limiter.rules_of(caller, model))
+        )
 
     def _models_for(self, exchange: Exchange) -> list[str]:
         return [name for name, model in self.router.visible() if exchange.caller.may_use(name, model)]
@@ -113,6 +217,11 @@ class Service:
         model = self.router.resolve(asked)
         names = [name for name in (asked, model) if name is not None]
         caller = exchange.caller
+        if endpoints.is_unclear(exchange.endpoint):
+            raise Refusal(400, "invalid_request", "The request's path must not hold . or .. segments, \\, # or NUL.")
+        if not all(caller.may_call(reading) for reading in endpoints.readings(exchange.endpoint)):
+            message = f"This API key may not use {exchange.endpoint[:200]}."
+            raise Refusal(403, "endpoint_not_allowed", message)
         if not caller.may_use(*names):
             wanted = repr(names[0][:200]) if names else "a server without naming a model"
             raise Refusal(403, "model_not_allowed", f"This API key may not use {wanted}.", param="model")
@@ -120,7 +229,7 @@ class Service:
             raise self.unbooked()
         exchange.served_model = model
         exchange.fill_in_model = asked is None and self.config.default_model is not None
-        if caller.models and exchange.body and asked is None and exchange.asked.kind != "json":
+        if not caller.may_use_all and exchange.body and asked is None and exchange.asked.kind != "json":
             # We can't see which model it names, and the server might.
             raise Refusal(403, "model_not_allowed", "This API key may only send bodies that name their model.")
         self.attempts.begin(exchange)
@@ -131,42 +240,6 @@ class Service:
         event = ServerEvent(utc_now(), server.name, now, before, why, self.ledger.worker)
         self.ledger.note(event)
 
-    def _health(self, draining: bool) -> Reply:
-        problem = "draining" if draining else None if self.ledger.healthy else "rows can't be written"
-        states = {server.name: server.health.state for server in self.router.servers}
-        body = {
-            "status": problem or "ok",
-            "servers": {"total": len(states), "up": [*states.values()].count("up"), "states": states},
-            "running": sum(server.running for server in self.router.servers),
-            "waiting": self.balancer.waiting,
-        }
-        return answer(503 if problem else 200, body)
-
-    def _metrics(self) -> str:
-        lines = ["# TYPE llmproxy_requests_total counter"]
-        lines += [
-            f'llmproxy_requests_total{{outcome="{name}"}} {count}' for name, count in sorted(self._outcomes.items())
-        ]
-        lines.append("# TYPE llmproxy_running gauge")
-        lines += [
-            f"llmproxy_running{{server={_label(server.name)}}} {server.running}" for server in self.router.servers
-        ]
-        lines.append("# TYPE llmproxy_server_up gauge")
-        lines += [
-            f"llmproxy_server_up{{server={_label(server.name)}}} {int(server.health.state == 'up')}"
-            for server in self.router.servers
-        ]
-        lines.append("# TYPE llmproxy_waiting gauge")
-        lines.append(f"llmproxy_waiting {self.balancer.waiting}")
-        lines.append("# TYPE llmproxy_ledger_healthy gauge")
-        lines.append(f"llmproxy_ledger_healthy {int(self.ledger.healthy)}")
-        return "\n".join(lines) + "\n"
-
 
 def _described(model: str) -> dict[str, object]:
     return {"id": model, "object": "model", "created": 0, "owned_by": "llmproxy"}
-
-
-def _label(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'

@@ -5,13 +5,14 @@ import logging
 import resource
 import signal
 import sys
+from collections.abc import Callable
 
 from mitmproxy import ctx
 from mitmproxy.proxy import mode_specs
 
 from gateway import http1
-from gateway.config import Config
 from gateway.dispatch import Dispatch
+from gateway.settings import Config
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +94,13 @@ def set_options(config: Config) -> None:
         # Ours is max_body_mb, answered in the client's dialect; mitmproxy's would cut answers, too.
         body_size_limit=None,
         stream_large_bodies=None,
-        # Silence on a client's connection while a server thinks. First bytes have a deadline of their own.
-        tcp_timeout=max(86400, int(config.first_byte_timeout_s) * 2),
     )
+    set_timeout(config)
+
+
+def set_timeout(config: Config) -> None:
+    """Silence on a client's connection while a server thinks. First bytes have a deadline of their own."""
+    ctx.options.update(tcp_timeout=max(86400, int(config.first_byte_timeout_s) * 2))
 
 
 def trim_addons() -> None:
@@ -129,13 +134,9 @@ async def _listen(mode: str) -> None:
         asyncio.get_running_loop().call_soon(sys.exit, 1)
 
 
-def survive_hangup() -> None:
-    """SIGHUP is for reloading a config, and would end the process by default."""
-
-    def not_yet() -> None:
-        log.warning("SIGHUP: a changed config takes a restart")
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, not_yet)
+def on_hangup(reload: Callable[[], None]) -> None:
+    """SIGHUP is for reading the config again, and would end the process by default."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def stop_listening() -> None:

@@ -4,15 +4,15 @@ Adding one: a class with `choose`, a line in STRATEGIES, its name in config.STRA
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import msgspec
 
-from gateway.config import Routing
 from gateway.prefix import Match, PrefixIndex, Strangers, home_of
 from gateway.prompts import Prompt
 from gateway.servers import Server, average
+from gateway.settings import Routing
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,15 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Strategy(Protocol):
-    """`choose` changes nothing; `sent` and `answered` tell it what became of its choices."""
+    """`choose` changes nothing; `sent` and `answered` tell it what became of its choices.
+
+    `reconfigure`: the config has changed, and servers of these names are gone: others may come under the same names.
+    """
 
     def choose(self, servers: Sequence[Server], wanted: Wanted) -> Choice: ...
     def sent(self, servers: Sequence[Server], wanted: Wanted, choice: Choice) -> None: ...
     def answered(self, wanted: Wanted, choice: Choice, report: Report) -> None: ...
+    def reconfigure(self, routing: Routing, gone: Collection[str]) -> None: ...
 
 
 def with_free_slots(servers: Sequence[Server]) -> Sequence[Server]:
@@ -81,6 +85,9 @@ class RoundRobin:
         self._ahead[wanted.model, choice.server.name] -= sum(other.config.weight for other in asked)
 
     def answered(self, wanted: Wanted, choice: Choice, report: Report) -> None: ...
+
+    def reconfigure(self, routing: Routing, gone: Collection[str]) -> None:
+        self._ahead = {(model, name): ahead for (model, name), ahead in self._ahead.items() if name not in gone}
 
 
 class LeastBusy(RoundRobin):
@@ -128,6 +135,10 @@ class Latency(RoundRobin):
             server = choice.server
             measured = report.ttft_s / (wanted.request_bytes + self._BASE_BYTES)
             self._s_per_byte[server.name] = average(self._s_per_byte.get(server.name), measured)
+
+    def reconfigure(self, routing: Routing, gone: Collection[str]) -> None:
+        super().reconfigure(routing, gone)
+        self._s_per_byte = {name: known for name, known in self._s_per_byte.items() if name not in gone}
 
 
 class Prefix:
@@ -203,6 +214,13 @@ class Prefix:
         if wanted.prompt and choice.expected and report.prompt_tokens and report.cached_tokens is not None:
             cached_share = report.cached_tokens / report.prompt_tokens
             self._index.correct(wanted.prompt, choice.server.name, choice.expected, cached_share)
+
+    def reconfigure(self, routing: Routing, gone: Collection[str]) -> None:
+        self._stickiness = routing.prefix.stickiness
+        self._index.resize(routing.prefix.index_size)
+        self._least_busy.reconfigure(routing, gone)
+        for name in gone:
+            self._index.forget(name)
 
 
 def _told(prompt: Prompt, costs: dict[Server, float], cached: dict[Server, int]) -> str:

@@ -80,6 +80,12 @@ def exchange_of(of: http.HTTPFlow) -> Exchange | None:
 
 def open_exchange(of: http.HTTPFlow, exchange: Exchange) -> None:
     vars(of)["exchange"] = exchange
+    take_body(of, exchange.max_body_bytes)
+
+
+def take_body(of: http.HTTPFlow, max_bytes: int) -> None:
+    """Keep a request's body. Nobody wants to know what the others say."""
+    vars(of)["max_body_bytes"] = max_bytes
 
 
 def set_response(to: http.HTTPFlow, refusal: Refusal) -> None:
@@ -160,11 +166,10 @@ class GatewayStream(HttpStream):
         return relay.first_event_at is not None or "content-length" in response.headers
 
     def state_consume_request_body(self, event: events.Event) -> CommandGenerator[None]:
-        if isinstance(event, RequestData):
-            exchange = exchange_of(self.flow)
-            # One byte too many is enough to know; the rest is read and dropped, so that the client gets its answer.
-            if self.flow.response or not exchange or len(self.request_body_buf) > exchange.max_body_bytes:
-                return
+        # One byte too many is enough to know; the rest is read and dropped, so that the client gets its answer.
+        is_full = len(self.request_body_buf) > vars(self.flow).get("max_body_bytes", -1)
+        if isinstance(event, RequestData) and (self.flow.response or is_full):
+            return
         yield from super().state_consume_request_body(event)
 
     @_or_cut
@@ -365,7 +370,7 @@ class GatewayStream(HttpStream):
         yield HttpErrorHook(self.flow)
         if (yield from self.check_killed(False)):
             return
-        told = stream_error(exchange.endpoint, "upstream_cut", f"The server {why}.")
+        told = stream_error(exchange.meaning, "upstream_cut", f"The server {why}.")
         yield SendHttp(ResponseData(self.stream_id, told), self.context.client)
         yield SendHttp(event, self.context.client)
         self.server_state = self.state_errored

@@ -26,6 +26,15 @@ class ServerConnections:
     spent: set[Connection] = field(default_factory=set)
 
 
+def retire(connection: Connection) -> None:
+    """A connection to a server shall not be used for another request."""
+    vars(connection)["is_retired"] = True
+
+
+def is_retired(connection: Connection) -> bool:
+    return "is_retired" in vars(connection)
+
+
 class Sink(layer.Layer):
     """Takes over a connection that nobody listens to any more."""
 

@@ -7,7 +7,7 @@ config.yaml promises.
 
 import ipaddress
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import urlsplit
 
 from mitmproxy import connection, exceptions, tls
@@ -16,8 +16,8 @@ from mitmproxy.net import tls as net_tls
 from OpenSSL import SSL
 
 from gateway.config import ConfigError
-from gateway.config import Server as ServerConfig
 from gateway.servers import Server
+from gateway.settings import Server as ServerConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def check(servers: Sequence[ServerConfig]) -> None:
         try:
             if server.ca_file:
                 server.ca_file.open("rb").close()
-            _context(server)
+            _context(server, net_tls.create_proxy_server_context.__wrapped__)  # as the file is now
         except OSError as error:
             raise ConfigError(f"servers[{index}].ca_file: {server.ca_file} can't be read: {error.strerror}") from None
         except RuntimeError:
@@ -49,6 +49,19 @@ def check(servers: Sequence[ServerConfig]) -> None:
             raise ConfigError(
                 f"servers[{index}]: expected the same verify_tls and ca_file as another server at {url.netloc}"
             )
+
+
+def replace(before: Sequence[ServerConfig], after: Sequence[ServerConfig]) -> set[tuple[str | None, int]]:
+    """Go over to other servers, which have been checked. CA files are read again.
+
+    Gives the addresses to which connections must not be used for another request: their server is gone, or shall be
+    verified in another way.
+    """
+    if any(server.ca_file for server in after):
+        net_tls.create_proxy_server_context.cache_clear()
+    wanted = {(server.url, server.verify_tls) for server in after if server.ca_file is None}
+    urls = (urlsplit(server.url) for server in before if (server.url, server.verify_tls) not in wanted)
+    return {(url.hostname, url.port or (HTTPS_PORT if url.scheme == "https" else 80)) for url in urls}
 
 
 def start(data: tls.TlsData, servers: Iterable[Server]) -> None:
@@ -68,9 +81,11 @@ def start(data: tls.TlsData, servers: Iterable[Server]) -> None:
         raise exceptions.AddonHalt from None
 
 
-def _context(server: ServerConfig) -> SSL.Context:
+def _context(
+    server: ServerConfig, make: Callable[..., SSL.Context] = net_tls.create_proxy_server_context
+) -> SSL.Context:
     """Made once for the same settings. Without a CA file of its own a server is verified against certifi's CAs."""
-    return net_tls.create_proxy_server_context(
+    return make(
         method=net_tls.Method.TLS_CLIENT_METHOD,
         min_version=net_tls.DEFAULT_MIN_VERSION,
         max_version=net_tls.DEFAULT_MAX_VERSION,

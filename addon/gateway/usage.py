@@ -344,3 +344,8 @@ def format_of(endpoint: str) -> Format:
 def ends_with_mark(endpoint: str) -> bool:
     """Whether streams of this path are known to end with a mark."""
     return FORMATS.get(endpoint) in _MARKED_ENDS
+
+
+def is_use(endpoint: str) -> bool:
+    """Whether what an endpoint counts was used: some only count a prompt."""
+    return FORMATS.get(endpoint) is not read_count

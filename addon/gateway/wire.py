@@ -4,6 +4,7 @@ Bodies are read with typed structs (half a megabyte of prompt costs a fraction o
 replacing the bytes of one value. Nothing here knows HTTP beyond a content type.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from email.message import Message
@@ -83,7 +84,8 @@ def _may_repeat_model(body: bytes) -> bool:
 
 
 def _whole(value: Any) -> int:
-    return value if type(value) is int else 0
+    """A count; servers take 4.0 for one, too."""
+    return math.ceil(value) if type(value) in (int, float) and 0 <= value < 2**31 else 0
 
 
 def _count_prompts(prompt: bytes) -> int:
@@ -174,7 +176,7 @@ def with_model(body: bytes, model: str) -> bytes:
     if body.count(b'"model"') == 1 and not _ESCAPED_LETTER.search(body) and (found := _MODEL.search(body)):
         # The only place that can be the model we have read: there is no need to take the body apart.
         return body[: found.start(1)] + name + body[found.end(1) :]
-    return _with_value(body, "model", name)
+    return with_value(body, "model", name)
 
 
 def with_usage_asked(body: bytes) -> bytes:
@@ -182,10 +184,11 @@ def with_usage_asked(body: bytes) -> bytes:
     found = _named(body, "stream_options")
     options = msgspec.json.decode(body[found[-1].value_at : found[-1].end]) if found else None
     options = {**options, "include_usage": True} if isinstance(options, dict) else {"include_usage": True}
-    return _with_value(body, "stream_options", msgspec.json.encode(options))
+    return with_value(body, "stream_options", msgspec.json.encode(options))
 
 
-def _with_value(body: bytes, name: str, value: bytes) -> bytes:
+def with_value(body: bytes, name: str, value: bytes) -> bytes:
+    """The JSON body with a member's value (JSON, too) replaced, wherever it is named; put first, if it is not."""
     is_there = f'"{name}"'.encode() in body or _ESCAPED_LETTER.search(body)
     found = _named(body, name) if is_there else []
     for member in reversed(found):

@@ -1,0 +1,1 @@
+"""The admin API: /admin/*, for holders of the admin key."""

@@ -1,0 +1,1 @@
+"""The pages for people: /usage for who has a key, /admin/ for who has the admin key."""

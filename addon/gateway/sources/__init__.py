@@ -1,0 +1,1 @@
+"""Where keys come from: one module for each kind of source."""
