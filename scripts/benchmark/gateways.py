@@ -32,6 +32,15 @@ _PROBE_TIMEOUT_S = 5.0
 _KEYS_TIMEOUT_S = 60.0
 # Each claim is counted, and nothing has to wait.
 _SLOTS = 1000
+_PLENTY = 1_000_000_000
+_ALL_LIMITS = {
+    **dict.fromkeys(("rpm", "rps", "burst", "tpm", "concurrency"), _PLENTY),
+    "budgets": [{"per": "month", "tokens": _PLENTY}, {"per": "day", "money": _PLENTY / 1e6}],
+}
+_LIMITED = {
+    "limits": {"key": _ALL_LIMITS, "models": {"*": _ALL_LIMITS}, "all": _ALL_LIMITS},
+    "prices": {"models": {"*": {"prompt": 0.2, "cached": 0.02, "completion": 0.6, "gpu_second": 0.0004}}},
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,18 @@ def ours_plain(place: Place) -> Gateway:
     return _start(place, gateway, [*argv, "--set", f"confdir={config_path.parent}"])
 
 
-STARTERS: dict[str, Callable[[Place], Gateway]] = {"bare": bare, "ours": ours, "plain": ours_plain}
+def ours_limited(place: Place) -> Gateway:
+    """Every kind of limit on each request, all of them too high to be reached."""
+    gateway, config_path = _ours(place, "ours, limited", _LIMITED)
+    return _start(place, gateway, _worker(config_path))
+
+
+STARTERS: dict[str, Callable[[Place], Gateway]] = {
+    "bare": bare,
+    "ours": ours,
+    "limited": ours_limited,
+    "plain": ours_plain,
+}
 
 
 def by_url(text: str, pids: dict[str, int]) -> Gateway:
@@ -157,11 +177,11 @@ def start_proxy(
     return gateways
 
 
-def _ours(place: Place, name: str) -> tuple[Gateway, Path]:
+def _ours(place: Place, name: str, more: Mapping[str, Any] | None = None) -> tuple[Gateway, Path]:
     """Config with a ledger of its own, and a key. The upstream passes for two servers, so that there is a choice."""
     url = f"http://127.0.0.1:{place.upstream_port}"
     servers = [{"name": name, "url": url, "slots": _SLOTS} for name in ("fast-1", "fast-2")]
-    config_path = _config(place, name.partition(",")[0], servers, {})
+    config_path = _config(place, name.partition(",")[0], servers, more or {})
     return Gateway(name, load(config_path).listen.port, key=_new_key(config_path, "bench")), config_path
 
 
