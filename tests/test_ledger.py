@@ -339,6 +339,16 @@ async def test_a_row_that_can_never_be_written_holds_nothing(ledger: Ledger) -> 
     assert [standing.held for standing in await ledger.standings(rules)] == [0]
 
 
+async def test_what_the_counters_refuse_costs_no_row(
+    ledger: Ledger, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("create trigger no before insert on spend_daily begin select raise(abort, 'no'); end")
+    await ledger.settle(row(1, "ok"), [Settlement("r1", "2026-11-21", ("key:1",), tokens=5)])
+    assert (outcomes(path), ledger.rows_settled) == ({"r1": "ok"}, 1)
+    assert "what the request r1 used is not counted for its limits" in caplog.text
+
+
 TEXTS = {
     "any letters": "é日本😀",
     "NUL": "a\0b",

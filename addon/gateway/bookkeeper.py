@@ -1,7 +1,6 @@
 """What is written into usage.db, within transactions of the ledger's: rows and their roll-ups, events, counters."""
 
 import logging
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +10,7 @@ import msgspec
 
 from gateway import schema
 from gateway.accounts import SqliteAccounts
-from gateway.database import Identity, identity, open_database, transaction
+from gateway.database import Identity, identity, is_trouble_with_the_file, open_database, transaction
 from gateway.quota import LimitEvent, Settlement
 from gateway.records import Row, ServerEvent
 
@@ -70,9 +69,9 @@ class Bookkeeper:
         try:
             for event in self.accounts.settle(settlement, now):
                 self.note(event, worker)
-        except (sqlite3.Error, OSError):  # it is the file's: all of it is tried again
-            raise
-        except Exception:
+        except Exception as error:
+            if is_trouble_with_the_file(error):  # all of it is tried again
+                raise
             log.exception("what the request %s used is not counted for its limits", settlement.id)
 
     def note(self, event: ServerEvent | LimitEvent, worker: str) -> None:

@@ -98,6 +98,13 @@ def identity(path: Path) -> Identity | None:
     return stat.st_dev, stat.st_ino
 
 
+def is_trouble_with_the_file(error: Exception) -> bool:
+    """Whether an error is the file's, and may pass; others are about what is written. Damage is a DatabaseError."""
+    return isinstance(error, OSError | sqlite3.OperationalError | sqlite3.InternalError) or (
+        type(error) is sqlite3.DatabaseError
+    )
+
+
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Hold off other processes that open the same file: workers start together, migrations must not."""

@@ -9,7 +9,6 @@ unbooked), and writing is tried again until it works.
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import msgspec
 
 from gateway.bookkeeper import Bookkeeper
+from gateway.database import is_trouble_with_the_file
 from gateway.limits import Rule
 from gateway.quota import Ask, CountersUnavailable, Decision, LimitEvent, Settlement, Standing
 from gateway.records import Row, ServerEvent, uuid7
@@ -150,7 +150,7 @@ class Ledger:
         try:
             results = self._commit(batch)
         except Exception as error:
-            if _is_trouble_with_the_file(error):
+            if is_trouble_with_the_file(error):
                 was_healthy, self.healthy = self.healthy, False
                 if was_healthy:
                     log.error("usage.db can't be written, requests are refused until it can: %s", error)
@@ -229,13 +229,6 @@ def _without_questions(entries: "list[_Entry]") -> "list[_Entry]":
     unavailable = CountersUnavailable("usage.db can't be written")
     _tell([partial(_reject, entry.future, unavailable) for entry in asked if entry.future], asked)
     return [entry for entry in entries if entry.row is not None]
-
-
-def _is_trouble_with_the_file(error: Exception) -> bool:
-    """Whether an error is the file's, and may pass; others are about the row. Damage is a plain DatabaseError."""
-    return isinstance(error, OSError | sqlite3.OperationalError | sqlite3.InternalError) or (
-        type(error) is sqlite3.DatabaseError
-    )
 
 
 def _resolve(future: "asyncio.Future[Any]", result: Any) -> None:

@@ -14,8 +14,8 @@ from gateway import bounds, charges, endpoints, limits
 from gateway.auth import Caller
 from gateway.exchange import Exchange
 from gateway.limit_replies import GRACE_S, headers_of, refusal
-from gateway.limits import Limits, Rule
-from gateway.patterns import Pattern
+from gateway.limits import Rule
+from gateway.patterns import ByModel
 from gateway.prices import Price, Prices, Use, cost_micros
 from gateway.quota import Ask, CountersUnavailable, Decision, Settlement, Standing
 from gateway.records import Row, utc_now
@@ -50,9 +50,7 @@ class Limiter:
         self._section = config.limits
         self._fallbacks = config.fallbacks
         self._prices = Prices(config.prices.currency, config.prices.models)
-        models = [(Pattern(name), each) for name, each in config.limits.models.items()]
-        self._patterns = sorted(models, key=lambda named: not named[0].is_exact)
-        self._models: dict[str, Limits] = {}
+        self._models = ByModel(config.limits.models)
         self._warned: set[str | None] = set()
 
     def rules_of(self, caller: Caller, model: str | None = None) -> tuple[Rule, ...]:
@@ -61,18 +59,10 @@ class Limiter:
             limits.rules(
                 (caller.scope, caller.limits),
                 (f"team:{caller.team}", caller.team_limits),
-                (f"model:{model}", self._limits_of(model)),
+                (f"model:{model}", self._models.of(model) or limits.NONE),
                 ("all", self._section.all),
             )
         )
-
-    def _limits_of(self, model: str | None) -> Limits:
-        if model is None:
-            return limits.NONE
-        if model not in self._models:
-            found = (each for pattern, each in self._patterns if pattern.matches(model))
-            self._models[model] = next(found, limits.NONE)
-        return self._models[model]
 
     async def standings(self, rules: Sequence[Rule]) -> tuple[Standing, ...]:
         """How much of them is used now. Raises CountersUnavailable."""
@@ -89,7 +79,7 @@ class Limiter:
     async def admit_fallback(self, exchange: Exchange) -> None:
         """Another model answers than the one that was let in: its limits hold as well. Raises Refusal."""
         model = exchange.served_model
-        rules = tuple(limits.rules((f"model:{model}", self._limits_of(model))))
+        rules = tuple(limits.rules((f"model:{model}", self._models.of(model) or limits.NONE)))
         scopes = {rule.scope for ask in exchange.asks for rule in ask.rules}
         if exchange.fallback_from is not None and rules and rules[0].scope not in scopes:
             await self._admit(exchange, self._ask(exchange, f"{exchange.id} {model}", rules))

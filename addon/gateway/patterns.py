@@ -3,6 +3,8 @@
 Clients choose the names that these are matched against. RE2 matches in linear time: no name can stop the event loop.
 """
 
+from collections.abc import Mapping
+
 import re2
 
 
@@ -20,6 +22,25 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"Pattern({self.text!r})"
+
+
+class ByModel[T]:
+    """What is said of models by name or pattern: exact names win, then patterns in their order."""
+
+    def __init__(self, said: Mapping[str, T]) -> None:
+        self._said = said
+        patterns = [Pattern(name) for name in said]
+        self._patterns = sorted(patterns, key=lambda pattern: not pattern.is_exact)
+        self._known: dict[str, T | None] = {}
+
+    def of(self, model: str | None) -> T | None:
+        """`model`: as its servers name it. None: nothing is said of it."""
+        if model is None:
+            return None
+        if model not in self._known:
+            found = next((pattern.text for pattern in self._patterns if pattern.matches(model)), None)
+            self._known[model] = None if found is None else self._said[found]
+        return self._known[model]
 
 
 def _compiled(text: str, is_expression: bool) -> "re2._Regexp":

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import msgspec
 
-from gateway.patterns import Pattern
+from gateway.patterns import ByModel
 
 MICRO = 1_000_000
 
@@ -67,26 +67,9 @@ def cost_micros(price: Price, use: Use) -> int | None:
     return (sum(known) + MICRO // 2) // MICRO
 
 
-class Prices:
-    """Prices by model: exact names win, then patterns in their order."""
+class Prices(ByModel[Price]):
+    """Prices by model, in one currency."""
 
     def __init__(self, currency: str, models: Mapping[str, Price]) -> None:
+        super().__init__(models)
         self.currency = currency
-        patterns = [(Pattern(name), price) for name, price in models.items()]
-        self._exact = {name: price for (pattern, price), name in zip(patterns, models, strict=True) if pattern.is_exact}
-        self._patterns = [(pattern, price) for pattern, price in patterns if not pattern.is_exact]
-
-        self._known: dict[str, Price | None] = {}
-
-    def of(self, model: str | None) -> Price | None:
-        """`model`: as its servers name it. None: it has no price."""
-        if model is None:
-            return None
-        if model not in self._known:
-            self._known[model] = self._find(model)
-        return self._known[model]
-
-    def _find(self, model: str) -> Price | None:
-        if model in self._exact:
-            return self._exact[model]
-        return next((price for pattern, price in self._patterns if pattern.matches(model)), None)

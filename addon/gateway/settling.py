@@ -5,7 +5,6 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 from gateway.attempts import Attempts
 from gateway.exchange import Exchange
@@ -13,17 +12,12 @@ from gateway.ledger import Ledger
 from gateway.limiter import Limiter
 from gateway.quota import LimitEvent, Settlement
 from gateway.records import Row
+from gateway.shared_counters import SharedCounters
 
 log = logging.getLogger(__name__)
 
 # Counters on another machine may be out of reach: they hear of it later, and nobody waits longer than this.
 COUNTERS_WAIT_S = 1.0
-
-
-class SharedCounters(Protocol):
-    """Counters that several machines share: see `shared_counters`."""
-
-    def settle(self, settlement: Settlement) -> "asyncio.Future[list[LimitEvent]]": ...
 
 
 class Settler:

@@ -13,7 +13,7 @@ from gateway.admin.routes import Nothing, Route, Routes, bad
 from gateway.keystore import Key, Team
 from gateway.limit_use import BudgetUse, LimitUse, budget_use, limit_use
 from gateway.limits import MAX_AMOUNT, NONE, Budget, Limits, Rule, rules
-from gateway.patterns import Pattern
+from gateway.patterns import ByModel
 from gateway.records import utc_now
 from gateway.settings import Config
 
@@ -93,11 +93,8 @@ async def use_of(desk: Desk) -> Use:
 
 def _rules(config: Config, keys: list[Key], teams: list[Team], models: list[str]) -> Iterator[Rule]:
     yield from rules(("all", config.limits.all))
-    patterns = [(Pattern(name), limits) for name, limits in config.limits.models.items()]
-    patterns.sort(key=lambda named: not named[0].is_exact)
-    for model in models:
-        found = next((limits for pattern, limits in patterns if pattern.matches(model)), Limits())
-        yield from rules((f"model:{model}", found))
+    of_models = ByModel(config.limits.models)
+    yield from rules(*((f"model:{model}", of_models.of(model) or NONE) for model in models))
     of_teams = {team.name: team.limits for team in teams} | config.teams
     yield from rules(*((f"team:{name}", limits) for name, limits in of_teams.items()))
     yield from rules(*((f"key:{key.id}", key.limits.over(config.limits.key)) for key in keys))
